@@ -1,0 +1,20 @@
+"""dgefx: any vision transformer, rewritten into a Dynamic Grained Encoder."""
+
+from dgefx.config import DGEConfig
+from dgefx.convert import convert, explain, report, revert
+from dgefx.report import BlockReport, Report
+from dgefx.serialize import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockReport",
+    "DGEConfig",
+    "Report",
+    "convert",
+    "explain",
+    "load",
+    "report",
+    "revert",
+    "save",
+]

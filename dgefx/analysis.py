@@ -1,0 +1,237 @@
+"""The passes in order: from a model to plans for its blocks, without touching the model.
+
+`convert` and `explain` both stand on `analyse`; they differ in whether the result is installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dgefx.config import DGEConfig
+from dgefx.inputs import resolve_inputs, run_example
+from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.budget import BlockCost, floor_ratio
+from dgefx.nn.capacity import Plan
+from dgefx.passes.capture import Call, capture, record_calls
+from dgefx.passes.cost import block_cost, count_macs
+from dgefx.passes.locate import Site, locate
+from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
+from dgefx.passes.trace import TraceError
+from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
+from dgefx.passes.worlds import Refused
+from dgefx.report import BlockReport, Report
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass
+class Analysis:
+    """A verified conversion of a float32 copy (`work`), ready to be priced and installed."""
+
+    work: nn.Module
+    call: Call
+    images: int
+    sites: list[Site]
+    plans: dict[str, BlockPlan]
+    costs: dict[str, BlockCost]
+    macs_dense: int
+    config: DGEConfig
+
+    @property
+    def floor(self) -> float:
+        return floor_ratio(self.costs, self.macs_dense)
+
+    def set_plans(self, chosen: dict[str, Plan]) -> None:
+        """Give the converted blocks of the working copy their slots."""
+        for name, plan in chosen.items():
+            block = self.work.get_submodule(name)
+            assert isinstance(block, DGEBlock)
+            block.dge_router.plan = plan
+
+    def report(self, gamma: float, chosen: dict[str, Plan]) -> Report:
+        """Figures with `chosen` plans, counted on the working copy."""
+        self.set_plans(chosen)
+        macs = count_macs(self.work, *self.call)
+        blocks = []
+        for site in self.sites:
+            if site.name not in chosen:
+                blocks.append(BlockReport(site.name, "dense", site.reason or "", 1.0))
+                continue
+            cost, plan = self.costs[site.name], chosen[site.name]
+            layout = self.plans[site.name].layout
+            ratio = cost.macs(plan) / max(cost.dense, 1)
+            blocks.append(
+                BlockReport(
+                    site.name, "converted", "", ratio, plan.capacities, layout.grid, layout.prefix
+                )
+            )
+        return Report(
+            gamma=gamma,
+            ratio=macs / self.macs_dense,
+            macs=macs / self.images,
+            macs_dense=self.macs_dense / self.images,
+            floor=self.floor,
+            blocks=tuple(blocks),
+        )
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether any block of `model` is a `DGEBlock`."""
+    return any(isinstance(module, DGEBlock) for module in model.modules())
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError or ValueError where `model` cannot be converted at all."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if is_converted(model):
+        raise ValueError(
+            "model is already converted; use dgefx.revert(model) first, then convert() with the "
+            "new gamma"
+        )
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A float32 copy in eval mode."""
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
+            f"copy so that a failure leaves the model as it was"
+        ) from error
+    return copied.float().eval()
+
+
+def install(
+    model: nn.Module,
+    plans: dict[str, BlockPlan],
+    chosen: dict[str, Plan] | None,
+    config: DGEConfig,
+) -> None:
+    """Replace the planned blocks of `model` by converted ones; finest unless `chosen`."""
+    shapes: dict[str | None, GridShape] = {}
+    for name, plan in plans.items():
+        source = plan.layout.source
+        if plan.needs_grid_shape and source not in shapes:
+            shapes[source] = GridShape(plan.layout.grid)
+            if source is not None:
+                model.get_submodule(source).register_forward_hook(shapes[source])
+        block = build_block(
+            model.get_submodule(name),
+            plan,
+            config,
+            shapes.get(source),
+            None if chosen is None else chosen[name],
+        )
+        put(model, name, block)
+
+
+def analyse(
+    model: nn.Module, example_inputs: Any, config: DGEConfig, filter_fn: FilterFn | None
+) -> Analysis:
+    """Capture, locate, trace, split, legalise, verify and price.
+
+    Raises:
+        TypeError, ValueError: nothing to convert, or the model or its inputs are unusable.
+    """
+    check_model(model)
+    work = working_copy(model)
+    with torch.random.fork_rng(devices=[]):
+        call, output = resolve_inputs(work, example_inputs)
+        _require_finite(output)
+        captured = capture(work, *call)
+        sites = locate(captured)
+        if not sites:
+            raise ValueError(
+                f"no attention found in {type(model).__name__}: looked for "
+                f"scaled_dot_product_attention, multi_head_attention_forward and matmul-softmax-"
+                f"matmul among {len(captured.graph.nodes)} operations of one forward pass"
+            )
+        if filter_fn is not None:
+            for site in sites:
+                if site.reason is None and not filter_fn(model.get_submodule(site.name), site.name):
+                    site.reason = "left out by filter_fn"
+        plans = _plan_sites(work, sites, call, config)
+        macs_dense = count_macs(work, *call)
+        costs = _price(work, plans, sites, call, config)
+        install(work, plans, None, config)
+        _verify_model(work, call, output)
+    images = next(t for t in _leaves(call)).shape[0]
+    return Analysis(work, call, images, sites, plans, costs, macs_dense, config)
+
+
+def _leaves(call: Call) -> list[torch.Tensor]:
+    import torch.utils._pytree as pytree
+
+    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+
+
+def _require_finite(output: Any) -> None:
+    tensors = output_tensors(output)
+    if not tensors:
+        raise ValueError("the model returns no floating point tensor that could be verified")
+    if not all(bool(torch.isfinite(t).all()) for t in tensors):
+        raise ValueError(
+            "the dense model yields NaN or infinity on the example input, so a conversion could not "
+            "be verified; pass other example_inputs or mend the model"
+        )
+
+
+def _plan_sites(
+    work: nn.Module, sites: list[Site], call: Call, config: DGEConfig
+) -> dict[str, BlockPlan]:
+    """Trace, split and verify every site that may convert; failures become reasons."""
+    names = {site.name for site in sites if site.reason is None}
+    calls = record_calls(work, names, *call)
+    plans: dict[str, BlockPlan] = {}
+    for site in sites:
+        if site.reason is not None:
+            continue
+        assert site.layout is not None and site.stream is not None
+        block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
+        try:
+            plan = plan_block(block, site.name, calls[site.name], site.layout, shape)
+            verify_block(block, plan, calls[site.name], shape, config)
+        except (Refused, TraceError) as error:
+            site.reason = str(error)
+            continue
+        plans[site.name] = plan
+    if not plans:
+        looked = "\n".join(f"  {site.name or '(root)'}: {site.reason}" for site in sites)
+        raise ValueError(f"no attention block could be converted; looked at\n{looked}")
+    return plans
+
+
+def _price(
+    work: nn.Module,
+    plans: dict[str, BlockPlan],
+    sites: list[Site],
+    call: Call,
+    config: DGEConfig,
+) -> dict[str, BlockCost]:
+    calls = record_calls(work, set(plans), *call)
+    costs = {}
+    for name, plan in plans.items():
+        dense = work.get_submodule(name)
+        shape = GridShape(plan.layout.grid) if plan.needs_grid_shape else None
+        converted = build_block(dense, plan, config, shape)
+        costs[name] = block_cost(dense, converted, calls[name], config)
+    return costs
+
+
+def _verify_model(work: nn.Module, call: Call, output: Any) -> None:
+    """The whole model at the finest granularity against the dense model's output."""
+    error = relative_error(run_example(work, call), output)
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"verification: every block equals its dense block, but the whole model at the finest "
+            f"granularity differs from the dense one by {error:.1e} (relative); it is not "
+            f"converted. Please report this model"
+        )

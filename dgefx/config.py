@@ -1,0 +1,118 @@
+"""`DGEConfig`: what a conversion is asked to do, as one frozen value.
+
+It enters at `convert`, is carried by every converted block's router and is written to
+`config.json` by `save`. Nothing else in the library holds settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+VERSION = 1
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "budget": ("per_image",),
+    "routing": ("region", "layer"),
+    "router": ("detail", "linear"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DGEConfig:
+    """Settings of the Dynamic Grained Encoder (arXiv 2301.03831, section 3).
+
+    Args:
+        granularities: patch sides in tokens, finest first. Must start with 1 (so that the finest
+            level is the dense model), and each side must divide the next.
+        region: side in tokens of the square region that shares one granularity; a multiple of the
+            coarsest patch side. ``None`` means the coarsest patch side.
+        budget: ``"per_image"``: every image gets the same number of queries in a layer, so shapes
+            are static and a result never depends on the rest of the batch.
+        routing: ``"region"``: one granularity per region and image; ``"layer"``: one granularity
+            per layer (the paper's ablation).
+        router: ``"detail"``: the training-free within-patch variance; ``"linear"``: the paper's
+            gate, one linear layer on the region's mean token (section 3.2).
+        version: format version, written to JSON.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was found and what to do.
+    """
+
+    granularities: tuple[int, ...] = (1, 2, 4)
+    region: int | None = None
+    budget: Literal["per_image"] = "per_image"
+    routing: Literal["region", "layer"] = "region"
+    router: Literal["detail", "linear"] = "detail"
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        sides = self.granularities
+        if isinstance(sides, str) or not hasattr(sides, "__iter__"):
+            raise TypeError(f"granularities must be a tuple of patch sides, found {sides!r}")
+        sides = tuple(sides)
+        if not sides or any(isinstance(s, bool) or not isinstance(s, int) for s in sides):
+            raise TypeError(f"granularities must be integers (patch sides in tokens), found {sides!r}")
+        if sides[0] != 1:
+            raise ValueError(
+                f"granularities must start with 1 (the dense model is the finest level), found {sides!r}"
+            )
+        for fine, coarse in zip(sides, sides[1:], strict=False):
+            if coarse <= fine or coarse % fine:
+                raise ValueError(
+                    f"granularities must grow and each must divide the next, found {fine} then "
+                    f"{coarse} in {sides!r}; use for example (1, 2, 4)"
+                )
+        region = sides[-1] if self.region is None else self.region
+        if isinstance(region, bool) or not isinstance(region, int):
+            raise TypeError(f"region must be an integer number of tokens, found {region!r}")
+        if region < 1 or region % sides[-1]:
+            raise ValueError(
+                f"region must be a multiple of the coarsest granularity {sides[-1]}, found {region}"
+            )
+        if self.version != VERSION:
+            raise ValueError(
+                f"version {self.version!r} of DGEConfig is not known to this dgefx (it writes "
+                f"{VERSION}); use the dgefx that wrote it, or a newer one"
+            )
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, found {getattr(self, field)!r}")
+        object.__setattr__(self, "granularities", sides)
+        object.__setattr__(self, "region", region)
+
+    @property
+    def region_side(self) -> int:
+        """The region's side in tokens (`region` with its default filled in)."""
+        assert self.region is not None
+        return self.region
+
+    @property
+    def levels(self) -> int:
+        """Number of granularities."""
+        return len(self.granularities)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**dataclasses.asdict(self), "granularities": list(self.granularities)}
+
+    def to_json(self) -> str:
+        """This configuration as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DGEConfig:
+        """The inverse of `to_dict`; raises ValueError on a field that this version does not know."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"DGEConfig does not know the fields {unknown}; it has {sorted(known)}")
+        values = dict(values)
+        if isinstance(values.get("granularities"), list):
+            values["granularities"] = tuple(values["granularities"])
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> DGEConfig:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))

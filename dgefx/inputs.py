@@ -1,0 +1,159 @@
+"""Example inputs: what the user gave, or what the model says about its input size.
+
+Used by `convert` and `explain` before any pass runs. Two images at least: with one, a batch axis
+cannot be told from any other axis of size 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from dgefx.passes.capture import Call
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int) and not isinstance(size, bool):
+        return size, size
+    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
+        return int(size["height"]), int(size["width"])
+    if isinstance(size, (tuple, list)) and len(size) >= 2 and all(isinstance(s, int) for s in size):
+        return size[-2], size[-1]
+    return None
+
+
+def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Image sizes that the model states about itself, most specific first."""
+    found: list[tuple[int, int]] = []
+
+    def add(owner: Any, *names: str) -> None:
+        for name in names:
+            value = owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+            size = _pair(value)
+            if size is not None and size not in found:
+                found.append(size)
+
+    add(getattr(model, "patch_embed", None), "img_size")
+    add(model, "img_size", "image_size")
+    for name in ("pretrained_cfg", "default_cfg"):
+        add(getattr(model, name, None) or {}, "input_size")
+    config = getattr(model, "config", None)
+    if config is not None:
+        add(config, "image_size", "img_size")
+        add(getattr(config, "vision_config", None), "image_size")
+    for module in model.modules():
+        if module is not model:
+            add(module, "img_size", "image_size")
+    return found
+
+
+def _channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels * (1 if module.groups == 1 else 1)
+    return 3
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def _two_images(call: Call) -> Call:
+    """Repeat a single example image."""
+
+    def repeat(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1:
+            return leaf.repeat(2, *(1 for _ in leaf.shape[1:]))
+        return leaf
+
+    repeated: Call = pytree.tree_map(repeat, call)
+    return repeated
+
+
+def given_call(example_inputs: Any) -> Call:
+    """(args, kwargs) of the user's example inputs.
+
+    Raises:
+        TypeError: neither a tensor, nor a tuple or list of arguments, nor a mapping.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise TypeError(
+        f"example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, "
+        f"found {type(example_inputs).__name__}"
+    )
+
+
+def _detached(call: Call) -> Call:
+    def clean(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().float() if leaf.is_floating_point() else leaf.detach().clone()
+
+    cleaned: Call = pytree.tree_map(clean, call)
+    return cleaned
+
+
+def run_example(model: nn.Module, call: Call) -> Any:
+    """The model's output for an example call, without gradients."""
+    with torch.no_grad():
+        return model(*call[0], **call[1])
+
+
+def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Call, Any]:
+    """An example call of at least two images that the model accepts, and its output.
+
+    Args:
+        model: in eval mode, float32; called to try the inputs.
+        example_inputs: as given to `convert`.
+
+    Raises:
+        TypeError: of an unknown kind.
+        ValueError: none found, or the model rejects them.
+    """
+    if example_inputs is not None:
+        return _try_given(model, _detached(given_call(example_inputs)))
+    device, _ = _place(model)
+    sizes = _stated_sizes(model)
+    errors = []
+    for height, width in sizes:
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(2, _channels(model), height, width, generator=generator).to(device)
+        call: Call = ((image,), {})
+        try:
+            return call, run_example(model, call)
+        except Exception as error:  # any model may raise anything on a size it does not take
+            errors.append(f"{height} x {width}: {error}")
+    tried = f" (tried {'; '.join(errors)})" if errors else ""
+    raise ValueError(
+        f"no example input: {type(model).__name__} does not say which input size it takes"
+        f"{tried}; pass example_inputs=, for example torch.randn(1, 3, 224, 224)"
+    )
+
+
+def _try_given(model: nn.Module, call: Call) -> tuple[Call, Any]:
+    try:
+        run_example(model, call)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs: the model rejects them: {type(error).__name__}: {error}"
+        ) from error
+    doubled = _two_images(call)
+    try:
+        return doubled, run_example(model, doubled)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs: the model takes one image but not a batch of two "
+            f"({type(error).__name__}: {error}); pass example_inputs with two images"
+        ) from error

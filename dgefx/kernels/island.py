@@ -1,0 +1,64 @@
+"""Islands: an operation that needs the real grid, between un-pooling and pooling.
+
+The exact fallback for whatever mixes tokens in the query path but keeps the grid. Slow for wide
+hidden layers: `kernels.stencil` does the common case (depthwise convolutions) without it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgefx.kernels.pool import patch_means, patch_sums
+from dgefx.kernels.routing import Routing
+from dgefx.kernels.rows import gather_rows
+
+
+def _to_rows(value: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, torch.Size]:
+    """(B, tokens, F) of a value with tokens on `axes` and images on axis 0; and F's axes."""
+    if len(axes) == 2:
+        value = value.flatten(axes[0], axes[1])
+    value = value.movedim(axes[0], 1)
+    rest = value.shape[2:]
+    return (value.flatten(2) if rest else value.unsqueeze(-1)), rest
+
+
+def _from_rows(
+    rows: Tensor, rest: torch.Size, axes: tuple[int, ...], grid: tuple[int, int]
+) -> Tensor:
+    value = rows.reshape(*rows.shape[:2], *rest).movedim(1, axes[0])
+    return value.unflatten(axes[0], grid) if len(axes) == 2 else value
+
+
+def unpool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: bool) -> Tensor:
+    """A value of the query path on all tokens.
+
+    Args:
+        value: images on axis 0, queries on `axes` (a grid stands as (queries, 1)).
+        prefix: whether the prefix tokens are among the queries.
+    """
+    rows, rest = _to_rows(value, axes)
+    count = routing.prefix if prefix else 0
+    dense = gather_rows(rows[:, count:], routing.token_slot)
+    if count:
+        dense = torch.cat([rows[:, :count], dense], 1)
+    return _from_rows(dense, rest, axes, routing.grid)
+
+
+def pool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: bool) -> Tensor:
+    """The inverse direction: patch means of a dense value for every query."""
+    rows, rest = _to_rows(value, axes)
+    count = routing.prefix if prefix else 0
+    body = rows[:, count:]
+    sums = patch_sums(body, routing.grid, routing.granularities)
+    parts = [rows[:, :count]] if count else []
+    for level, patches in enumerate(routing.patches):
+        if patches is None:
+            continue
+        if level == 0:
+            parts.append(gather_rows(body, patches))
+        else:
+            means = patch_means(sums[level], routing.patch_tokens[level], body.dtype)
+            parts.append(gather_rows(means, patches))
+    pooled = torch.cat(parts, 1)
+    return _from_rows(pooled, rest, axes, (pooled.shape[1], 1))

@@ -1,0 +1,46 @@
+"""Between a block's own layout and the (B, tokens, C) that the kernels work on.
+
+Queries have no grid: in a 4-D layout they stand as a grid of (queries, 1).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dgefx.kernels.routing import Routing
+
+
+def to_tokens(stream: Tensor, order: str) -> Tensor:
+    """(B, tokens, C) of a stream laid out as `order` (BNC, NBC, BCN, BHWC or BCHW)."""
+    if order == "BHWC":
+        return stream.flatten(1, 2)
+    if order == "BCHW":
+        return stream.flatten(2).transpose(1, 2)
+    if order == "NBC":
+        return stream.transpose(0, 1)
+    if order == "BCN":
+        return stream.transpose(1, 2)
+    return stream
+
+
+def from_tokens(tokens: Tensor, order: str, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `to_tokens`, for `grid` (rows, columns)."""
+    if order == "BHWC":
+        return tokens.unflatten(1, grid)
+    if order == "BCHW":
+        return tokens.transpose(1, 2).unflatten(2, grid)
+    if order == "NBC":
+        return tokens.transpose(0, 1)
+    if order == "BCN":
+        return tokens.transpose(1, 2)
+    return tokens
+
+
+def queries_as_stream(queries: Tensor, order: str) -> Tensor:
+    """(B, queries, C) in the block's own layout, a 4-D grid becoming (queries, 1)."""
+    return from_tokens(queries, order, (queries.shape[1], 1))
+
+
+def query_count(routing: Routing, prefix: bool) -> int:
+    """Number of slots, with or without the prefix tokens."""
+    return sum(routing.capacities) + (routing.prefix if prefix else 0)

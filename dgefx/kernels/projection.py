@@ -1,0 +1,39 @@
+"""`project_rows`: a part of a fused projection, laid out as the block would have it.
+
+A fused qkv layer is wanted for queries in one world and for keys and values in the other; each
+world computes its own rows of the weight, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def weight_rows(weight: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a weight (F, C) or bias (F,)."""
+    return weight[start:stop]
+
+
+def arrange_projection(
+    projected: Tensor,
+    start: int,
+    stop: int,
+    feature_sizes: Sequence[int],
+    order: Sequence[int],
+    singles: Sequence[int],
+) -> Tensor:
+    """Features [start, stop) of a projection in the axis order the attention expects.
+
+    Args:
+        projected: (B, tokens..., F).
+        feature_sizes: what the features split into.
+        order: permutation of (batch, token, *features).
+        singles: axes of size 1 of the result, in rising order.
+    """
+    part = projected if stop - start == projected.shape[-1] else projected[..., start:stop]
+    part = part.flatten(1, -2).unflatten(-1, tuple(feature_sizes)).permute(tuple(order))
+    for axis in singles:
+        part = part.unsqueeze(axis)
+    return part

@@ -1,0 +1,35 @@
+"""`Routing`: the decision of one router call, in the form the kernels read.
+
+Made by `dgefx.nn.router.Router`, read by every kernel of the same block. Static shapes only: the
+number of slots per level is a Python int, equal for every image of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Granularity of every region and where its queries are.
+
+    B images, N = H*W grid tokens, R regions, slots = sum of the capacities.
+    """
+
+    levels: Tensor  # (B, R) int64, level of every region, 0 = finest; raster order
+    patches: tuple[Tensor | None, ...]  # per level (B, capacity) patch ids; None: no slots
+    token_slot: Tensor  # (B, N) int64, slot of every grid token's patch, prefix not counted
+    means: tuple[Tensor, ...]  # per level (B, P, C) patch means; level 0 is empty (it is the input)
+    patch_tokens: tuple[Tensor, ...]  # per level (P,) tokens in every patch
+    token_patch: tuple[Tensor, ...]  # per level (N,) patch of every token
+    gate: Tensor | None  # (B, slots) multiplier of the update that carries the gate's gradient
+    grid: tuple[int, int]  # (H, W)
+    prefix: int  # tokens in front of the grid, queries of their own
+    granularities: tuple[int, ...]
+    region: int
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Slots per level."""
+        return tuple(0 if p is None else p.shape[1] for p in self.patches)

@@ -1,0 +1,26 @@
+"""Row gathers: the only way tokens move between the dense grid and the query slots.
+
+Gathering whole rows of a flattened table keeps channels contiguous; `torch.gather` with an index
+expanded over channels reads one element at a time and costs more than the attention it saves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of every image's table.
+
+    Args:
+        table: (B, P, C).
+        index: (B, K) int64, 0 <= index < P.
+
+    Returns:
+        (B, K, C), `table[b, index[b, k]]`.
+    """
+    batch, rows, channels = table.shape
+    start = torch.arange(batch, device=index.device)[:, None] * rows
+    flat = (index + start).reshape(-1)
+    return table.reshape(batch * rows, channels).index_select(0, flat).view(batch, -1, channels)

@@ -1,0 +1,45 @@
+"""`unpool_add`: every token receives the update of its patch's query.
+
+The last step of a converted block: y = x + unpool(y_q - q) (arXiv 2301.03831, eq. 4).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.routing import Routing
+
+
+def _token_rows(routing: Routing) -> Tensor:
+    """(B, prefix + N) row of every token among (prefix + slots) queries."""
+    rows = routing.token_slot
+    if not routing.prefix:
+        return rows
+    own = torch.arange(routing.prefix, device=rows.device).expand(rows.shape[0], -1)
+    return torch.cat([own, rows + routing.prefix], 1)
+
+
+def unpool(queries: Tensor, routing: Routing) -> Tensor:
+    """(B, prefix + slots, C) queries to (B, prefix + N, C) tokens by copying each to its patch."""
+    return gather_rows(queries, _token_rows(routing))
+
+
+def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routing) -> Tensor:
+    """Residual stream plus the un-pooled update.
+
+    Args:
+        tokens: (B, prefix + N, C), the block's input.
+        queries: (B, prefix + slots, C), `pool(tokens, routing)`.
+        updated: (B, prefix + slots, C), the block's query path applied to `queries`.
+
+    Returns:
+        (B, prefix + N, C).
+    """
+    update = updated - queries
+    if routing.gate is not None:
+        gate = F.pad(routing.gate, (routing.prefix, 0), value=1.0)
+        update = update * gate.unsqueeze(-1).to(update.dtype)
+    return tokens + unpool(update, routing)

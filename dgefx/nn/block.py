@@ -1,0 +1,161 @@
+"""`DGEBlock`: a transformer block rewritten into a Dynamic Grained Encoder block.
+
+Takes the place of the block module it was made from, keeps its parameters, buffers, children and
+hooks (so `state_dict` keys, optimisers and checkpoints are unaffected) and runs the code that the
+passes generated: one version for eval and one for train mode.
+"""
+
+from __future__ import annotations
+
+import linecache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dgefx.nn.callspec import CallSpec
+from dgefx.nn.router import Router
+
+_SHARED_PREFIX = "_dge_"
+
+
+class GridShape:
+    """The token grid of the running forward, for blocks that are not told it.
+
+    A (B, N, C) block of a model that accepts several image sizes cannot know H and W from N. The
+    module that lays the grid out reports them here through a forward hook.
+    """
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self.grid = grid
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4:
+            self.grid = (output.shape[2], output.shape[3])
+
+    def resolve(self, tokens: int) -> tuple[int, int]:
+        """(H, W) of a grid of `tokens`.
+
+        Raises:
+            ValueError: the last grid seen has another number of tokens.
+        """
+        height, width = self.grid
+        if height * width != tokens:
+            raise ValueError(
+                f"a converted block got {tokens} grid tokens, but the model last laid out a grid "
+                f"of {height} x {width}; run the block as part of its model, or convert() at this "
+                f"image size"
+            )
+        return self.grid
+
+
+def resolve_grid(shape: GridShape, tokens: int) -> tuple[int, int]:
+    """(H, W) for the generated code; see `GridShape.resolve`."""
+    return shape.resolve(tokens)
+
+
+class GraphCode:
+    """Python source of a graph over a module, compiled; picklable as its source."""
+
+    def __init__(self, graph: fx.Graph, label: str) -> None:
+        code = graph.python_code("self")
+        self.label = label
+        self.source = code.src
+        self.names = {
+            name: value for name, value in code.globals.items() if f"{name}" in code.src
+        }
+        self._compile()
+
+    def _compile(self) -> None:
+        filename = f"<dgefx {self.label} {id(self)}>"
+        linecache.cache[filename] = (len(self.source), None, self.source.splitlines(True), filename)
+        scope: dict[str, Any] = {"torch": torch, **self.names}
+        exec(compile(self.source, filename, "exec"), scope)
+        self.run = scope["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("run")
+        state["names"] = {
+            name: ("module", value.__name__) if type(value).__name__ == "module" else ("object", value)
+            for name, value in self.names.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import importlib
+
+        self.__dict__.update(state)
+        self.names = {
+            name: importlib.import_module(value) if kind == "module" else value
+            for name, (kind, value) in state["names"].items()
+        }
+        self._compile()
+
+    def __deepcopy__(self, _memo: Any) -> GraphCode:
+        return self  # immutable
+
+
+class Constants(nn.Module):
+    """Tensors of the trace that are neither parameters nor buffers of the block."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name, value, persistent=False)
+
+
+class DGEBlock(nn.Module):
+    """A converted block (arXiv 2301.03831, figure 2).
+
+    Args:
+        dense: the block it replaces; its parameters, buffers, children and hooks are shared.
+        router: becomes child `dge_router`.
+        code: generated source for eval and for train mode.
+        spec: how the block is called.
+        constants: becomes child `dge_constants` if there are any.
+        grid_shape: shared by the blocks of one grid; None where the block itself knows.
+
+    Shape:
+        as the block it replaces.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        router: Router,
+        eval_code: GraphCode,
+        train_code: GraphCode,
+        spec: CallSpec,
+        constants: dict[str, Tensor],
+        grid_shape: GridShape | None,
+    ) -> None:
+        super().__init__()
+        for name, value in vars(dense).items():
+            if name != "_modules":
+                self.__dict__[name] = value
+        self._modules = dict(dense._modules)
+        self.dge_router = router
+        if constants:
+            self.dge_constants = Constants(constants)
+        # in a tuple: a reference for revert(), not a child
+        self._dge_dense = (dense,)
+        self._dge_code = (eval_code, train_code)
+        self._dge_spec = spec
+        self.dge_grid_shape = grid_shape
+
+    def dense_block(self) -> nn.Module:
+        """The block this one was made from, sharing its parameters, in this one's mode."""
+        (dense,) = self._dge_dense
+        dense.training = self.training
+        return dense
+
+    @property
+    def code(self) -> str:
+        """The generated source of the current mode."""
+        return self._dge_code[int(self.training)].source
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = self._dge_spec.bind(args, kwargs)
+        code = self._dge_code[1] if self.training else self._dge_code[0]
+        return code.run(self, *leaves)

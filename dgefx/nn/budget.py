@@ -1,0 +1,109 @@
+"""The budget solver: one capacity plan per block such that the whole model meets `gamma`.
+
+Costs are multiply-accumulates (MACs) as `torch.utils.flop_counter.FlopCounterMode` counts them,
+measured by `dgefx.passes.cost`; a converted block's cost is linear in its slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dgefx.nn.capacity import Plan
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """MACs of one block for the whole example batch, and the plans it can choose from."""
+
+    dense: int
+    finest: int
+    coarsest: int
+    plans: tuple[Plan, ...]
+
+    def macs(self, plan: Plan) -> float:
+        """MACs of the converted block with `plan`."""
+        low, high = self.plans[0].slots, self.plans[-1].slots
+        if low == high:
+            return float(self.finest)
+        share = (plan.slots - low) / (high - low)
+        return self.coarsest + (self.finest - self.coarsest) * share
+
+
+def _total(costs: Mapping[str, BlockCost], rest: float, chosen: Mapping[str, int]) -> float:
+    return rest + sum(cost.macs(cost.plans[chosen[name]]) for name, cost in costs.items())
+
+
+def _choose(cost: BlockCost, share: float) -> int:
+    """Index of the largest plan whose slots stay within `share` of the finest plan's."""
+    limit = share * cost.plans[-1].slots
+    best = 0
+    for index, plan in enumerate(cost.plans):
+        if plan.slots <= limit:
+            best = index
+    return best
+
+
+def floor_ratio(costs: Mapping[str, BlockCost], dense: float) -> float:
+    """Whole-model MAC ratio with every region of every converted block at its coarsest."""
+    rest = dense - sum(cost.dense for cost in costs.values())
+    return _total(costs, rest, dict.fromkeys(costs, 0)) / dense
+
+
+def solve(costs: Mapping[str, BlockCost], dense: float, gamma: float) -> dict[str, Plan]:
+    """Plans with the largest whole-model MAC ratio not above `gamma`, equal shares first.
+
+    Args:
+        costs: per converted block.
+        dense: MACs of the dense model.
+        gamma: target ratio, in (0, 1]; 1 gives the finest plan everywhere.
+
+    Raises:
+        ValueError: gamma is under the floor.
+    """
+    if gamma >= 1.0:
+        return {name: cost.plans[-1] for name, cost in costs.items()}
+    rest = dense - sum(cost.dense for cost in costs.values())
+    limit = gamma * dense
+    floor = floor_ratio(costs, dense)
+    if floor > gamma:
+        raise ValueError(
+            f"gamma={gamma:g} is under this model's floor of {floor:.3f}: with every region of all "
+            f"{len(costs)} converted blocks at its coarsest granularity, what remains is the keys "
+            f"and values of all tokens, one query per coarsest patch and the layers that are not "
+            f"converted ({rest / dense:.3f}). Use gamma >= {floor:.3f}, or coarser granularities."
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        chosen = {name: _choose(cost, middle) for name, cost in costs.items()}
+        if _total(costs, rest, chosen) <= limit:
+            low = middle
+        else:
+            high = middle
+    chosen = {name: _choose(cost, low) for name, cost in costs.items()}
+    _top_up(costs, rest, limit, chosen)
+    return {name: cost.plans[chosen[name]] for name, cost in costs.items()}
+
+
+def _top_up(
+    costs: Mapping[str, BlockCost], rest: float, limit: float, chosen: dict[str, int]
+) -> None:
+    """Spend what rounding left: raise the block with the smallest share while it still fits."""
+    spent = _total(costs, rest, chosen)
+    open_ = set(costs)
+    while open_:
+        name = min(
+            sorted(open_),
+            key=lambda n: costs[n].plans[chosen[n]].slots / costs[n].plans[-1].slots,
+        )
+        cost, index = costs[name], chosen[name]
+        if index + 1 >= len(cost.plans):
+            open_.discard(name)
+            continue
+        step = cost.macs(cost.plans[index + 1]) - cost.macs(cost.plans[index])
+        if spent + step > limit:
+            open_.discard(name)
+            continue
+        chosen[name] = index + 1
+        spent += step

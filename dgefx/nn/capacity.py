@@ -1,0 +1,140 @@
+"""How a block's query budget is split over granularities: slots per level, as Python ints.
+
+`plans` lists the splits a block can choose from, from all coarse to all fine; the budget solver
+(`dgefx.nn.budget`) picks one per block; `rescale` carries a split to another grid size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from dgefx.config import DGEConfig
+from dgefx.nn.hierarchy import divides, max_region_cost, patch_count, side_counts
+
+_STEPS = 400
+
+
+class Plan(NamedTuple):
+    """Slots per level on one grid."""
+
+    capacities: tuple[int, ...]
+
+    @property
+    def slots(self) -> int:
+        return sum(self.capacities)
+
+
+def region_count(grid: tuple[int, int], region: int) -> int:
+    """Number of regions of `grid`."""
+    rows, columns = side_counts(grid, region)
+    return rows * columns
+
+
+def _last_capacity(
+    grid: tuple[int, int], config: DGEConfig, upper: list[int]
+) -> int:
+    """Slots of the coarsest level that hold every region the finer levels may leave over."""
+    regions = region_count(grid, config.region_side)
+    left = regions
+    for capacity, side in zip(upper, config.granularities, strict=False):
+        # the greedy fill takes at least this many regions, whatever their (clipped) sizes
+        left -= min(left, capacity // max_region_cost(grid, side, config.region_side))
+    coarsest = config.granularities[-1]
+    worst = left * max_region_cost(grid, coarsest, config.region_side)
+    return min(worst, patch_count(grid, coarsest))
+
+
+def _cost_unit(grid: tuple[int, int], side: int, region: int) -> int:
+    """Greatest common divisor of the regions' costs: slots beyond a multiple of it stay empty."""
+    per_axis = []
+    for length in grid:
+        whole, rest = divmod(length, region)
+        sizes = ([region // side] if whole else []) + ([-(-rest // side)] if rest else [])
+        per_axis.append(sizes)
+    return math.gcd(*(h * w for h in per_axis[0] for w in per_axis[1]))
+
+
+def plan_from_fractions(
+    grid: tuple[int, int], config: DGEConfig, fractions: tuple[float, ...]
+) -> Plan:
+    """Slots per level when `fractions` (one per level, sum 1) of the grid have each granularity."""
+    totals = [patch_count(grid, side) for side in config.granularities]
+    for level, fraction in enumerate(fractions):
+        if fraction >= 1.0 - 1e-9:
+            return Plan(tuple(t if i == level else 0 for i, t in enumerate(totals)))
+    regions = region_count(grid, config.region_side)
+    clipped = not divides(grid, config.region_side)
+    upper: list[int] = []
+    left = regions
+    for total, side, fraction in zip(totals[:-1], config.granularities, fractions, strict=False):
+        price = max_region_cost(grid, side, config.region_side)
+        if clipped:
+            unit = _cost_unit(grid, side, config.region_side)
+            capacity = round(fraction * total / unit) * unit
+            capacity = 0 if capacity < min(price, total) else capacity
+            left -= min(left, capacity // price)
+        else:
+            count = min(left, round(fraction * regions))
+            left -= count
+            capacity = count * price
+        upper.append(capacity)
+    return Plan((*upper, _last_capacity(grid, config, upper)))
+
+
+def _mixture(costs: list[float], mean: float) -> tuple[float, ...]:
+    """The maximum-entropy mixture of levels with the given mean cost per region.
+
+    Without data nothing is known of how detail is spread over an image; this is the mixture that
+    assumes least, and it is monotone in the budget.
+    """
+
+    def weights(slope: float) -> list[float]:
+        exponents = [slope * cost / costs[0] for cost in costs]
+        top = max(exponents)
+        raw = [math.exp(e - top) for e in exponents]
+        return [r / sum(raw) for r in raw]
+
+    low, high = -400.0, 400.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(w * c for w, c in zip(weights(middle), costs, strict=True)) < mean:
+            low = middle
+        else:
+            high = middle
+    return tuple(weights(low))
+
+
+def plans(grid: tuple[int, int], config: DGEConfig) -> list[Plan]:
+    """All splits of a block on `grid`, by rising number of slots; first all coarse, last all fine."""
+    levels = config.levels
+    pure = [
+        plan_from_fractions(grid, config, tuple(float(i == level) for i in range(levels)))
+        for level in range(levels)
+    ]
+    if config.routing == "layer":
+        return sorted(set(pure), key=lambda plan: plan.slots)
+    regions = region_count(grid, config.region_side)
+    costs = [patch_count(grid, side) / regions for side in config.granularities]
+    found = {pure[0].slots: pure[0], pure[-1].slots: pure[-1]}
+    for step in range(1, _STEPS):
+        mean = costs[-1] + (costs[0] - costs[-1]) * step / _STEPS
+        plan = plan_from_fractions(grid, config, _mixture(costs, mean))
+        if pure[-1].slots < plan.slots < pure[0].slots:
+            found.setdefault(plan.slots, plan)
+    return [found[slots] for slots in sorted(found)]
+
+
+def rescale(plan: Plan, old: tuple[int, int], new: tuple[int, int], config: DGEConfig) -> Plan:
+    """The same shares of every granularity on a grid of another size.
+
+    Args:
+        plan: on grid `old` (rows, columns).
+        new: the grid of the call.
+    """
+    if old == new:
+        return plan
+    totals = [patch_count(old, side) for side in config.granularities]
+    fractions = [c / t for c, t in zip(plan.capacities, totals, strict=True)]
+    fractions[-1] = 1.0 if fractions[-1] >= 1.0 else max(0.0, 1.0 - sum(fractions[:-1]))
+    return plan_from_fractions(new, config, tuple(fractions))

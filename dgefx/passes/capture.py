@@ -1,0 +1,182 @@
+"""Pass 1, capture: the whole model as one flat graph of torch calls, for looking only.
+
+The model runs once, eagerly, under a `TorchFunctionMode` that writes every torch call into an
+`fx.Graph` together with the modules it was made in. Whatever runs can be captured: Python control
+flow, early exits and data-dependent branches resolve themselves, because nothing is symbolic.
+Sizes are constants here, so this graph is never executed or rewritten; `passes.trace` makes the
+graph that is. Next: `passes.locate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Capture:
+    """The flat graph. Node meta: `shape`, `dtype`, `stack` (names of the modules it ran in,
+    outermost first, each with its call count)."""
+
+    graph: fx.Graph
+    output: Any
+    frames: dict[str, int] = field(default_factory=dict)  # calls per module
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes every torch call that yields tensors into a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.stack: list[str] = []
+        self.nodes: Any = WeakIdKeyDictionary()
+        self.names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        self.names.update({id(b): name for name, b in model.named_buffers(remove_duplicate=False)})
+
+    def _mark(self, node: fx.Node, value: Tensor) -> None:
+        node.meta["shape"] = tuple(value.shape)
+        node.meta["dtype"] = value.dtype
+        node.meta["stack"] = tuple(self.stack)
+        self.nodes[value] = node
+
+    def input(self, value: Tensor, name: str) -> None:
+        self._mark(self.graph.placeholder(name), value)
+
+    def node_of(self, value: Tensor) -> fx.Node:
+        """The node that made `value`; parameters and foreign tensors become constants."""
+        node = self.nodes.get(value)
+        if node is None:
+            name = self.names.get(id(value), "constant")
+            node = self.graph.create_node("get_attr", name)
+            self._mark(node, value)
+        return node
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if isinstance(value, (tuple, list)):
+            return tuple(self._argument(v) for v in value)
+        if isinstance(value, dict):
+            return {str(k): self._argument(v) for k, v in value.items()}
+        if isinstance(value, (bool, int, float, str, slice, torch.dtype, torch.device, type(None))):
+            if isinstance(value, slice):
+                return slice(*(self._argument(v) for v in (value.start, value.stop, value.step)))
+            return value
+        return value if value is Ellipsis else str(value)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        is_tensor = isinstance(result, Tensor)
+        if not is_tensor and not (
+            isinstance(result, (tuple, list)) and any(isinstance(r, Tensor) for r in result)
+        ):
+            return result
+        node = self.graph.create_node(
+            "call_function",
+            func,
+            tuple(self._argument(a) for a in args),
+            {k: self._argument(v) for k, v in kwargs.items()},
+        )
+        if is_tensor:
+            self._mark(node, result)
+            return result
+        node.meta["stack"] = tuple(self.stack)
+        for index, part in enumerate(result):
+            if isinstance(part, Tensor):
+                item = self.graph.create_node("call_function", _getitem, (node, index))
+                self._mark(item, part)
+        return result
+
+
+def _getitem(parts: Any, index: int) -> Any:
+    return parts[index]
+
+
+_getitem.__name__ = "getitem"
+
+
+@contextlib.contextmanager
+def _module_frames(model: nn.Module, recorder: _Recorder, frames: dict[str, int]) -> Iterator[None]:
+    """Keeps the recorder's stack of running modules."""
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(_m: nn.Module, _a: Any, name: str = name) -> None:
+            recorder.stack.append(name)
+            frames[name] = frames.get(name, 0) + 1
+
+        def leave(_m: nn.Module, _a: Any, _o: Any) -> None:
+            recorder.stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Run `model` once and write down what it did.
+
+    Args:
+        model: in eval mode; hooks are added for the run and removed again.
+        args, kwargs: the example call.
+    """
+    recorder = _Recorder(model)
+    frames: dict[str, int] = {}
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    for index, leaf in enumerate(leaves):
+        recorder.input(leaf, f"input_{index}")
+    with torch.no_grad(), _module_frames(model, recorder, frames), recorder:
+        output = model(*args, **kwargs)
+    results = _tensors(output)
+    recorder.graph.output(tuple(recorder.node_of(value) for value in results))
+    return Capture(recorder.graph, output, frames)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of any output: tensor, tuple, dict or a dataclass-like dict (Hugging Face)."""
+    if isinstance(output, dict):
+        output = dict(output)
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def record_calls(
+    model: nn.Module, names: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Call]:
+    """The (cloned) arguments with which each named module is called in one run of `model`."""
+    calls: dict[str, Call] = {}
+    handles = []
+
+    def clone(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    for name in names:
+
+        def keep(_m: nn.Module, a: Any, k: Any, name: str = name) -> None:
+            calls.setdefault(name, pytree.tree_map(clone, (a, k)))
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

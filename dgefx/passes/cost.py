@@ -1,0 +1,59 @@
+"""MACs of models and blocks, as `torch.utils.flop_counter.FlopCounterMode` counts them.
+
+Feeds the budget solver. One multiply-accumulate is two of the counter's operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dgefx.config import DGEConfig
+from dgefx.nn.block import DGEBlock
+from dgefx.nn.budget import BlockCost
+from dgefx.nn.capacity import plans
+from dgefx.passes.capture import Call
+
+
+@contextlib.contextmanager
+def _visible_attention() -> Iterator[None]:
+    """nn.MultiheadAttention's fused inference path is one operation that the counter cannot see
+    into; switched off while counting."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def count_macs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """MACs of one call of `module`, in its current mode."""
+    counter = FlopCounterMode(display=False)
+    with _visible_attention(), torch.no_grad(), counter:
+        module(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2
+
+
+def block_cost(
+    dense: nn.Module, converted: DGEBlock, call: Call, config: DGEConfig
+) -> BlockCost:
+    """Cost of a block dense, at its finest and at its coarsest plan.
+
+    Args:
+        converted: its plan is changed while counting and left at the finest.
+        call: the block's example call.
+    """
+    router = converted.dge_router
+    choices = plans(router.grid, config)
+    counts = []
+    for plan in (choices[0], choices[-1]):
+        router.plan = plan
+        counts.append(count_macs(converted, *call))
+    coarsest, finest = counts
+    return BlockCost(count_macs(dense, *call), finest, coarsest, tuple(choices))

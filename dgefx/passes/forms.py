@@ -1,0 +1,267 @@
+"""Pass 4b, forms: along which axes every value of the query world holds tokens, and who mixes them.
+
+An oracle by perturbation, not a list of layers: the block runs again with one token changed in
+one image, keys and values held fixed. A value that changes only where that token lies has its
+token axis there; a value that changes elsewhere mixes tokens, and its change is confined again
+before going on, so that every node is judged by itself. Next: `passes.split`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dgefx.passes.cores import map_sources
+from dgefx.passes.grid import Layout
+from dgefx.passes.trace import Trace, run_node
+from dgefx.passes.worlds import Refused, Worlds
+
+#: relative size of a change that counts; float32 noise of unaffected rows is below 1e-6
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a value of the query world holds tokens.
+
+    kind: "tokens" (one axis, raster), "grid" (two axes, H and W) or "free" (no token axis).
+    axes: the token axis or axes. prefix: whether prefix tokens are on the axis too.
+    batch: the image axis, None where images are merged with something else.
+    mixes: whether the node lets tokens see each other.
+    """
+
+    kind: str
+    axes: tuple[int, ...] = ()
+    prefix: bool = False
+    batch: int | None = None
+    mixes: bool = False
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One perturbation: `image` and grid token `token` at (row, column)."""
+
+    image: int
+    row: int
+    column: int
+
+
+def randomise_constants(module: nn.Module) -> None:
+    """Give parameters that are constant (zeros, ones, layer scales of 1e-6) random values, in place.
+
+    They would hide from the oracle, and from verification, what they multiply.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.numel():
+                spread = parameter.max() - parameter.min()
+                if spread <= 1e-3 * parameter.abs().max():
+                    noise = torch.rand(parameter.shape, generator=generator)
+                    parameter.copy_(0.5 + noise.to(parameter))
+
+
+class FormFinder:
+    """Runs the probes over one traced block."""
+
+    def __init__(self, trace: Trace, worlds: Worlds, layout: Layout) -> None:
+        self.trace = trace
+        self.worlds = worlds
+        self.layout = layout
+        height, width = layout.grid
+        self.probes = (
+            _Probe(0, height // 2, width // 2),
+            _Probe(1, (height // 2 + 1) % height, (width // 2 + 1) % width),
+        )
+        self.base: dict[fx.Node, Any] = {}
+
+    def _execute(self, node: fx.Node, args: Any, kwargs: Any, index: int) -> Any:
+        torch.manual_seed(index)  # dropout draws the same mask in every run
+        return run_node(node, self.trace.root, args, kwargs)
+
+    def _run_base(self, inputs: dict[fx.Node, Any]) -> None:
+        for index, node in enumerate(self.trace.graph.nodes):
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                self.base[node] = inputs[node]
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.base.__getitem__)
+            self.base[node] = self._execute(node, args, kwargs, index)
+
+    def find(self) -> dict[fx.Node, Form]:
+        """The form of every tensor of the query world.
+
+        Raises:
+            Refused: the block yields NaN or infinity on ordinary input.
+        """
+        stream = self.worlds.stream
+        generator = torch.Generator().manual_seed(1)
+        example: Tensor = self.trace.values[stream]
+        noise = torch.randn(example.shape, generator=generator).to(example)
+        inputs = {
+            n: self.trace.values[n] for n in self.trace.graph.nodes if n.op == "placeholder"
+        }
+        inputs[stream] = noise
+        randomise_constants(self.trace.root)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            self._run_base(inputs)
+            result = self.base[self.worlds.output]
+            if not bool(torch.isfinite(result).all()):
+                raise Refused("the block yields NaN or infinity on random input")
+            changed = [self._moved_stream(noise, probe) for probe in self.probes]
+            return self._judge(changed)
+
+    def _moved_stream(self, base: Tensor, probe: _Probe) -> Tensor:
+        moved = base.clone()
+        view = self._canonical(moved)
+        token = self.layout.prefix + probe.row * self.layout.grid[1] + probe.column
+        generator = torch.Generator().manual_seed(2)
+        view[probe.image, token] += torch.randn(view.shape[-1], generator=generator).to(view)
+        return moved
+
+    def _canonical(self, stream: Tensor) -> Tensor:
+        """A (B, N, C)-indexed view that writes through to the stream."""
+        order = self.layout.order
+        if order == "BHWC":
+            return stream.view(stream.shape[0], -1, stream.shape[-1])
+        if order == "BCHW":
+            return stream.view(*stream.shape[:2], -1).transpose(1, 2)
+        return {
+            "BNC": lambda s: s,
+            "NBC": lambda s: s.transpose(0, 1),
+            "BCN": lambda s: s.transpose(1, 2),
+        }[order](stream)
+
+    def _judge(self, streams: list[Tensor]) -> dict[fx.Node, Form]:
+        forms: dict[fx.Node, Form] = {}
+        moved: list[dict[fx.Node, Any]] = [{self.worlds.stream: s} for s in streams]
+        forms[self.worlds.stream] = self._stream_form()
+        for index, node in enumerate(self.trace.graph.nodes):
+            if node not in self.worlds.query or node is self.worlds.stream:
+                continue
+            for values in moved:
+                args, kwargs = self._arguments(node, values)
+                values[node] = self._execute(node, args, kwargs, index)
+            value = self.base[node]
+            if not isinstance(value, Tensor):
+                continue
+            forms[node] = self._form(node, value, moved, forms)
+        return forms
+
+    def _arguments(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        def pick(source: fx.Node, crosses: bool) -> Any:
+            outside = crosses or source not in self.worlds.query
+            return self.base[source] if outside else values.get(source, self.base[source])
+
+        return map_sources(node, self.worlds.core.context_edges, pick)
+
+    def _stream_form(self) -> Form:
+        order = self.layout.order
+        prefix = self.layout.prefix > 0
+        if order in ("BHWC", "BCHW"):
+            return Form("grid", (order.index("H"), order.index("W")), False, 0)
+        return Form("tokens", (order.index("N"),), prefix, order.index("B"))
+
+    def _form(
+        self,
+        node: fx.Node,
+        value: Tensor,
+        moved: list[dict[fx.Node, Any]],
+        forms: dict[fx.Node, Form],
+    ) -> Form:
+        masks = [_changed(value, values[node]) for values in moved]
+        if not any(bool(mask.any()) for mask in masks):
+            return Form("free", batch=_batch_axis(masks, self.probes))
+        batch = _batch_axis(masks, self.probes)
+        for form in self._candidates(value, batch):
+            if all(_only_at(m, self._place(form, p)) for m, p in zip(masks, self.probes, strict=True)):
+                return form
+        return self._confine(node, value, moved, forms)
+
+    def _candidates(self, value: Tensor, batch: int | None) -> list[Form]:
+        shape = value.shape
+        height, width = self.layout.grid
+        found = []
+        for axis, size in enumerate(shape):
+            if size == self.layout.tokens and self.layout.prefix:
+                found.append(Form("tokens", (axis,), True, batch))
+            if size == height * width:
+                found.append(Form("tokens", (axis,), False, batch))
+        for axis in range(len(shape) - 1):
+            if tuple(shape[axis : axis + 2]) == (height, width):
+                found.append(Form("grid", (axis, axis + 1), False, batch))
+        return found
+
+    def _place(self, form: Form, probe: _Probe) -> dict[int, int]:
+        """Axis -> index of the perturbed token in a value of this form."""
+        if form.kind == "grid":
+            return {form.axes[0]: probe.row, form.axes[1]: probe.column}
+        offset = self.layout.prefix if form.prefix else 0
+        return {form.axes[0]: offset + probe.row * self.layout.grid[1] + probe.column}
+
+    def _confine(
+        self,
+        node: fx.Node,
+        value: Tensor,
+        moved: list[dict[fx.Node, Any]],
+        forms: dict[fx.Node, Form],
+    ) -> Form:
+        """A node that mixes tokens: keep its grid if it does, and judge what follows afresh."""
+        sources = [
+            forms[s]
+            for s, crosses in self.worlds.sources(node)
+            if s in forms and not crosses and forms[s].kind != "free"
+        ]
+        for source in sources:
+            for form in self._candidates(value, source.batch):
+                if form.kind == source.kind and form.axes == source.axes:
+                    for values, probe in zip(moved, self.probes, strict=True):
+                        inside = _box(value, self._place(form, probe), form.batch, probe.image)
+                        values[node] = torch.where(inside, values[node], value)
+                    return Form(form.kind, form.axes, form.prefix, form.batch, mixes=True)
+        for values in moved:
+            values[node] = value
+        return Form("free", mixes=True)
+
+
+def _changed(base: Tensor, moved: Tensor) -> Tensor:
+    if base.shape != moved.shape:
+        raise Refused("a value of the block changes its shape with the data")
+    if not base.is_floating_point():
+        return base != moved
+    scale = base.abs().amax() if base.numel() else base.new_zeros(())
+    scale = torch.nan_to_num(scale, nan=0.0, posinf=0.0)
+    return (moved - base).abs() > _TOLERANCE * scale
+
+
+def _batch_axis(masks: list[Tensor], probes: tuple[_Probe, ...]) -> int | None:
+    for axis in range(masks[0].dim()):
+        if all(
+            bool(m.any()) and _only_at(m, {axis: p.image})
+            for m, p in zip(masks, probes, strict=True)
+        ):
+            return axis
+    return None
+
+
+def _only_at(mask: Tensor, place: dict[int, int]) -> bool:
+    """Whether every True of `mask` has the given indices on the given axes."""
+    rest = mask
+    for axis, index in place.items():
+        rest = rest.narrow(axis, index, 1) if index < rest.shape[axis] else rest[:0]
+    return int(rest.sum()) == int(mask.sum())
+
+
+def _box(value: Tensor, place: dict[int, int], batch: int | None, image: int) -> Tensor:
+    inside = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+    where = dict(place)
+    if batch is not None:
+        where[batch] = image
+    for axis, index in where.items():
+        line = torch.arange(value.shape[axis], device=value.device) == index
+        inside = inside & line.view([-1 if a == axis else 1 for a in range(value.dim())])
+    return inside

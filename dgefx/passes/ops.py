@@ -1,0 +1,90 @@
+"""One vocabulary for operations, whatever way they were written.
+
+`x @ y`, `torch.matmul(x, y)`, `x.matmul(y)` and a recorded tensor method are all "matmul" here,
+`nn.Linear` and `F.linear` are both "linear". Every later pass speaks these names.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import Node
+
+_ALIASES = {
+    "multiply": "mul",
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "subtract": "sub",
+    "bmm": "matmul",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "t": "transpose",
+    "adjoint": "transpose",
+    "moveaxis": "movedim",
+    "multiheadattention": "multi_head_attention_forward",
+    "native_multi_head_attention": "multi_head_attention_forward",
+    "layernorm": "layer_norm",
+    "batchnorm2d": "batch_norm",
+    "drop_path": "dropout",
+    "alpha_dropout": "dropout",
+    "nondynamicallyquantizablelinear": "linear",
+}
+
+_REFLECTED = {"radd": "add", "rmul": "mul", "rsub": "sub", "rtruediv": "div", "rmatmul": "matmul"}
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv"}
+
+#: pure data movement: every output element is one input element
+MOVEMENT = frozenset(
+    "view reshape permute transpose flatten unflatten squeeze unsqueeze contiguous clone unbind "
+    "chunk split tensor_split getitem select narrow movedim expand identity detach view_as "
+    "reshape_as expand_as split_with_sizes".split()
+)
+
+#: movement whose size arguments may name the token count
+VIEWS = frozenset("view reshape unflatten".split())
+
+#: element by element, operands aligned by broadcasting
+ELEMENTWISE = frozenset(
+    "add sub mul div pow neg abs exp sigmoid tanh relu gelu silu where masked_fill maximum minimum "
+    "clamp type_as to float half bfloat16 double dropout addcmul lerp rsqrt sqrt eq ne lt le gt ge "
+    "logical_and logical_or logical_not softplus hardswish hardsigmoid elu leaky_relu".split()
+)
+
+#: leaves every token where it is (used to walk the residual stream)
+TOKENWISE = ELEMENTWISE | frozenset(
+    "linear layer_norm rms_norm batch_norm dropout normalize softmax identity to type".split()
+)
+
+
+def _normalise(name: str) -> str:
+    name = name.lower()
+    core = name.strip("_")
+    if core in _IN_PLACE:
+        return _IN_PLACE[core]
+    if core in _REFLECTED and name.startswith("__"):
+        return _REFLECTED[core]
+    return _ALIASES.get(core, core)
+
+
+def op_name(node: Node, root: nn.Module | None = None) -> str:
+    """The operation of `node` in this library's vocabulary.
+
+    Args:
+        node: of any graph.
+        root: the module that call_module targets belong to.
+    """
+    if node.op == "call_module":
+        assert root is not None
+        return _normalise(type(root.get_submodule(str(node.target))).__name__)
+    if node.op == "call_method":
+        return _normalise(str(node.target))
+    if node.op == "call_function":
+        return _normalise(getattr(node.target, "__name__", str(node.target)))
+    return node.op
+
+
+def argument(node: Node, position: int, name: str, default: object = None) -> object:
+    """An argument by position or keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)

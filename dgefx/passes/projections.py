@@ -1,0 +1,216 @@
+"""Pass 4c, projections: fused linear layers that both worlds want, and who needs which rows.
+
+A linear layer computed in both worlds (fused qkv) is followed, on feature numbers, through pure
+data movement to the values that the attention reads. Each world then computes only the rows that
+arrive there. What cannot be followed is computed whole in both worlds: exact, only slower.
+Next: `passes.split`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dgefx.passes.ops import MOVEMENT, argument, op_name
+from dgefx.passes.trace import Trace, run_node
+from dgefx.passes.worlds import Worlds
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of a projection arriving at one value.
+
+    features: sizes that the rows split into. order: permutation of (batch, token, *features) to
+    the value's axes without those of size 1 in `singles`.
+    """
+
+    start: int
+    stop: int
+    features: tuple[int, ...]
+    order: tuple[int, ...]
+    singles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FusedProjection:
+    """A linear layer with the parts of it that each world reads."""
+
+    linear: fx.Node
+    query: dict[fx.Node, Part]
+    context: dict[fx.Node, Part]
+
+
+def linear_operands(node: fx.Node) -> tuple[fx.Node, Any, Any]:
+    """(input, weight, bias) of a linear node; weight and bias are module attribute names for
+    call_module, else what the call was given."""
+    source = argument(node, 0, "input")
+    assert isinstance(source, fx.Node)
+    if node.op == "call_module":
+        return source, f"{node.target}.weight", f"{node.target}.bias"
+    return source, argument(node, 1, "weight"), argument(node, 2, "bias")
+
+
+def _moves(node: fx.Node, trace: Trace) -> bool:
+    return node.op != "call_module" and op_name(node, trace.root) in MOVEMENT
+
+
+class _Follower:
+    """Carries (position, feature) numbers of a projection's output through data movement."""
+
+    def __init__(self, trace: Trace, base: dict[fx.Node, Any], linear: fx.Node) -> None:
+        self.trace, self.base = trace, base
+        shape = base[linear].shape
+        self.count = shape[-1]
+        positions = torch.arange(shape[:-1].numel()).view(*shape[:-1], 1)
+        self.rows_per_image = positions.numel() // shape[0]
+        self.numbers: dict[fx.Node, Any] = {linear: positions * self.count + torch.arange(self.count)}
+
+    def follow(self, node: fx.Node) -> Any:
+        if node not in self.numbers:
+            source = node.all_input_nodes[0]
+            self.follow(source)
+
+            def pick(n: fx.Node) -> Any:
+                return self.numbers.get(n, self.base[n])
+
+            args, kwargs = fx.map_arg((node.args, node.kwargs), pick)
+            self.numbers[node] = run_node(node, self.trace.root, args, kwargs)
+        return self.numbers[node]
+
+    def part(self, node: fx.Node) -> Part | None:
+        """How the projection's rows lie in `node`, or None if they are not one plain range."""
+        numbers = self.follow(node)
+        if not isinstance(numbers, Tensor):
+            return None
+        position, feature = numbers // self.count, numbers % self.count
+        batch = token = None
+        features: list[int] = []
+        for axis, size in enumerate(numbers.shape):
+            if size == 1:
+                continue
+            step_position = _step(position, axis)
+            if step_position == self.rows_per_image and batch is None and _step(feature, axis) == 0:
+                batch = axis
+            elif step_position == 1 and token is None and _step(feature, axis) == 0:
+                token = axis
+            elif step_position == 0:
+                features.append(axis)
+            else:
+                return None
+        if batch is None or token is None or numbers.shape[token] != self.rows_per_image:
+            return None
+        axes = [a for a, size in enumerate(numbers.shape) if size > 1]
+        sizes = tuple(numbers.shape[a] for a in features)
+        start = int(feature.min())
+        stop = start + int(torch.Size(sizes).numel())
+        source = [batch, token, *features]
+        order = tuple(source.index(axis) for axis in axes)
+        singles = tuple(a for a, size in enumerate(numbers.shape) if size == 1)
+        expected = self._arranged(start, stop, sizes, order, singles, numbers.shape)
+        if expected is None or not torch.equal(expected, numbers):
+            return None
+        return Part(start, stop, sizes, order, singles)
+
+    def _arranged(
+        self,
+        start: int,
+        stop: int,
+        sizes: tuple[int, ...],
+        order: tuple[int, ...],
+        singles: tuple[int, ...],
+        shape: torch.Size,
+    ) -> Tensor | None:
+        if stop > self.count or not sizes:
+            return None
+        images = shape.numel() // (self.rows_per_image * (stop - start))
+        position = torch.arange(images * self.rows_per_image).view(images, -1, 1)
+        value = position * self.count + torch.arange(start, stop)
+        value = value.unflatten(-1, sizes).permute(order)
+        for axis in singles:
+            value = value.unsqueeze(axis)
+        return value
+
+
+def _step(numbers: Tensor, axis: int) -> int | None:
+    """The constant step of `numbers` along `axis` (its first one; checked as a whole later)."""
+    first = numbers.select(axis, 0).reshape(-1)[:1]
+    second = numbers.select(axis, 1).reshape(-1)[:1]
+    return int(second - first)
+
+
+def fused_projections(
+    trace: Trace, worlds: Worlds, base: dict[fx.Node, Any]
+) -> list[FusedProjection]:
+    """Linear layers of both worlds whose rows can be told apart.
+
+    Args:
+        base: a value for every node, with at least two images.
+    """
+    found = []
+    for node in trace.graph.nodes:
+        if node not in worlds.query or node not in worlds.context:
+            continue
+        if op_name(node, trace.root) != "linear":
+            continue
+        if node.op == "call_module" and type(trace.root.get_submodule(str(node.target))) is not (
+            torch.nn.Linear
+        ):
+            continue
+        follower = _Follower(trace, base, node)
+        parts: list[dict[fx.Node, Part]] = []
+        for world, edges in ((worlds.query, False), (worlds.context, True)):
+            parts.append(_world_parts(follower, worlds, world, edges, trace, node))
+        if all(parts):
+            found.append(FusedProjection(node, *parts))
+    return found
+
+
+def _world_parts(
+    follower: _Follower,
+    worlds: Worlds,
+    world: frozenset[fx.Node],
+    is_context: bool,
+    trace: Trace,
+    linear: fx.Node,
+) -> dict[fx.Node, Part]:
+    """Every value in `world` that reads the projection, or nothing if one cannot be told."""
+    found: dict[fx.Node, Part] = {}
+    front, seen = [linear], {linear}
+    while front:
+        node = front.pop()
+        for user in node.users:
+            reads = _reads(user, node, worlds, world, is_context)
+            if not reads or isinstance(trace.values.get(user), (int, torch.Size)):
+                continue
+            if user in world and _moves(user, trace):
+                if user not in seen:
+                    seen.add(user)
+                    front.append(user)
+                continue
+            part = follower.part(node)
+            if part is None:
+                return {}
+            found[node] = part
+    return found
+
+
+def _reads(
+    user: fx.Node,
+    node: fx.Node,
+    worlds: Worlds,
+    world: frozenset[fx.Node],
+    is_context: bool,
+) -> bool:
+    """Whether `user` reads `node` as it is in the given world."""
+    crossing = user in worlds.query and any(
+        source is node and crosses for source, crosses in worlds.sources(user)
+    )
+    direct = user in worlds.query and any(
+        source is node and not crosses for source, crosses in worlds.sources(user)
+    )
+    if is_context:
+        return crossing or user in worlds.context
+    return direct and user in world

@@ -1,0 +1,122 @@
+"""Pass 7, rewrite: a block and its generated graphs become a `DGEBlock` in the model's tree.
+
+`plan_block` runs trace and split for both modes and holds everything that is needed to build the
+converted block, apart from the model it is put into. `passes.verify` decides whether it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from dgefx.config import DGEConfig
+from dgefx.nn.block import DGEBlock, GraphCode, GridShape
+from dgefx.nn.callspec import CallSpec
+from dgefx.nn.capacity import Plan, plans
+from dgefx.nn.router import Router
+from dgefx.passes.capture import Call
+from dgefx.passes.grid import Layout
+from dgefx.passes.split import SplitBlock, split
+from dgefx.passes.trace import Trace, trace
+from dgefx.passes.worlds import Refused
+
+
+@dataclass
+class BlockPlan:
+    """Everything about one block that converts."""
+
+    name: str
+    layout: Layout
+    channels: int
+    spec: CallSpec
+    eval_code: GraphCode
+    train_code: GraphCode
+    constants: dict[str, Tensor]
+    needs_grid_shape: bool
+    exact_at_any_level: bool  # on patch-constant input: no positional tables, stencils, islands
+
+
+def _stream_placeholder(traced: Trace, layout: Layout, shape: tuple[int, ...]) -> fx.Node:
+    found = [
+        n
+        for n in traced.graph.nodes
+        if n.op == "placeholder"
+        and isinstance(traced.values[n], Tensor)
+        and tuple(traced.values[n].shape) == shape
+    ]
+    if not found:
+        raise Refused(f"no argument of the block holds its stream of shape {shape}")
+    return found[0]
+
+
+def _split(block: nn.Module, spec: CallSpec, layout: Layout, shape: tuple[int, ...], training: bool) -> SplitBlock:
+    traced = trace(block, spec, training)
+    return split(traced, _stream_placeholder(traced, layout, shape), layout)
+
+
+def plan_block(
+    block: nn.Module, name: str, call: Call, layout: Layout, shape: tuple[int, ...]
+) -> BlockPlan:
+    """Trace and split one block in both modes.
+
+    Args:
+        block: not changed.
+        name: for the report and the generated code's label.
+        call: (args, kwargs) of the example run, at least two images.
+        layout: of the block's stream. shape: of the block's stream.
+
+    Raises:
+        Refused, TraceError: the reason why the block stays dense.
+    """
+    spec = CallSpec.of(block, *call)
+    evaluated = _split(block, spec, layout, shape, training=False)
+    trained = _split(block, spec, layout, shape, training=True)
+    constants = dict(evaluated.constants)
+    for key, value in trained.constants.items():
+        if key in constants and not constants[key].equal(value):
+            raise Refused("its constants differ between eval and train mode")
+        constants[key] = value
+    return BlockPlan(
+        name=name,
+        layout=layout,
+        channels=shape[{"BNC": 2, "NBC": 2, "BCN": 1, "BHWC": 3, "BCHW": 1}[layout.order]],
+        spec=spec.without_example(),
+        eval_code=GraphCode(evaluated.graph, name),
+        train_code=GraphCode(trained.graph, f"{name} train"),
+        constants=constants,
+        needs_grid_shape=evaluated.needs_grid_shape or trained.needs_grid_shape,
+        exact_at_any_level=not (evaluated.positional or evaluated.mixing),
+    )
+
+
+def build_block(
+    dense: nn.Module,
+    plan: BlockPlan,
+    config: DGEConfig,
+    grid_shape: GridShape | None,
+    capacities: Plan | None = None,
+) -> DGEBlock:
+    """The converted block around `dense`, whose parameters it shares; finest unless told."""
+    chosen = plans(plan.layout.grid, config)[-1] if capacities is None else capacities
+    router = Router(config, plan.layout.grid, plan.layout.prefix, plan.channels, chosen)
+    router.train(dense.training)
+    parameter = next(dense.parameters(), None)
+    if parameter is not None:
+        router.to(parameter.device)
+        if router.gate is not None and parameter.is_floating_point():
+            router.gate.to(parameter.dtype)
+    constants = {name: value.clone() for name, value in plan.constants.items()}
+    if parameter is not None:
+        constants = {
+            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            for name, value in constants.items()
+        }
+    shape = grid_shape if plan.needs_grid_shape else None
+    return DGEBlock(dense, router, plan.eval_code, plan.train_code, plan.spec, constants, shape)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the submodule `name` of `model`."""
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module

@@ -1,0 +1,394 @@
+"""Pass 5, split and legalise: a block's graph rewritten for mixed-granularity queries.
+
+Writes a new graph: route and pool the stream, run the context world on all tokens and the query
+world on the queries, un-pool the update. What is neither tokenwise nor the attention core is made
+legal on the way: sizes in views, tables with a query axis, depthwise convolutions (a stencil) and
+any other operation that keeps the grid (an island). Next: `passes.verify`.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dgefx.kernels.constants import gather_constant
+from dgefx.kernels.island import pool_value, unpool_value
+from dgefx.kernels.layout import (
+    from_tokens,
+    query_count,
+    queries_as_stream,
+    to_tokens,
+)
+from dgefx.kernels.pool import pool
+from dgefx.kernels.projection import arrange_projection, weight_rows
+from dgefx.kernels.stencil import stencil_conv
+from dgefx.kernels.unpool import unpool_add
+from dgefx.nn.block import resolve_grid
+from dgefx.passes.cores import map_sources
+from dgefx.passes.forms import Form, FormFinder
+from dgefx.passes.grid import Layout
+from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
+from dgefx.passes.projections import FusedProjection, Part, fused_projections, linear_operands
+from dgefx.passes.trace import Trace
+from dgefx.passes.worlds import Refused, Worlds, find_worlds
+
+_CONSTANT_PREFIX = "dge_constants"
+
+
+@dataclass
+class SplitBlock:
+    """The rewritten graph, and what it needs besides the block itself.
+
+    positional: whether tables with a query axis take part. mixing: whether stencils or islands do.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    needs_grid_shape: bool
+    positional: bool
+    mixing: bool
+
+
+def split(trace: Trace, stream: fx.Node, layout: Layout) -> SplitBlock:
+    """Rewrite a traced block.
+
+    Args:
+        trace: of the block, at an example call with at least two images.
+        stream: its placeholder that holds the residual stream.
+        layout: of the stream.
+
+    Raises:
+        Refused: with the reason why the block stays dense.
+    """
+    worlds = find_worlds(trace, stream)
+    _refuse_masks(trace, worlds)
+    finder = FormFinder(trace, worlds, layout)
+    forms = finder.find()
+    core_form = forms.get(worlds.core.output)
+    if worlds.core.kind != "multi_head_attention_forward" and (
+        core_form is None or core_form.kind == "free" or core_form.mixes
+    ):
+        raise Refused("channel attention: its output does not follow the tokens of its queries")
+    fused = fused_projections(trace, worlds, finder.base)
+    return _Splitter(trace, worlds, forms, layout, fused).run()
+
+
+def _refuse_masks(trace: Trace, worlds: Worlds) -> None:
+    core = worlds.core
+    node = core.output
+    if core.kind == "scaled_dot_product_attention" and argument(node, 5, "is_causal", False) is True:
+        raise Refused("causal attention: queries that are pooled have no place in the order")
+    if core.kind == "multi_head_attention_forward" and isinstance(
+        node.kwargs.get("attn_mask"), fx.Node
+    ):
+        raise Refused("nn.MultiheadAttention with an attention mask")
+
+
+class _Splitter:
+    """Emits the new graph in one walk over the old one."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        worlds: Worlds,
+        forms: dict[fx.Node, Form],
+        layout: Layout,
+        fused: list[FusedProjection],
+    ) -> None:
+        self.trace, self.worlds, self.forms, self.layout = trace, worlds, forms, layout
+        self.fused = fused
+        self.graph = fx.Graph()
+        self.query: dict[fx.Node, Any] = {}
+        self.context: dict[fx.Node, Any] = {}
+        self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
+        self.positional = self.mixing = self.needs_grid_shape = False
+        self.constant_names: dict[str, str] = {}
+
+    # -- prologue, walk, epilogue ------------------------------------------------------------
+
+    def run(self) -> SplitBlock:
+        nodes = list(self.trace.graph.nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.context[node] = self.graph.placeholder(str(node.target))
+        self._prologue()
+        for node in nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node in self.worlds.context:
+                self.context[node] = self._emit_context(node)
+            if node in self.worlds.query:
+                self.query[node] = self._emit_query(node)
+        self._epilogue(nodes[-1])
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        self.graph.lint()
+        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        constants = {
+            new.split(".", 1)[1]: self.trace.constants[old].detach().clone()
+            for old, new in self.constant_names.items()
+            if new in used
+        }
+        return SplitBlock(
+            self.graph, constants, self.needs_grid_shape, self.positional, self.mixing
+        )
+
+    def _prologue(self) -> None:
+        call, order = self.graph.call_function, self.layout.order
+        stream = self.context[self.worlds.stream]
+        self.tokens = call(to_tokens, (stream, order))
+        self.grid = self._grid(stream)
+        self.routing = self.graph.call_module("dge_router", (self.tokens, self.grid))
+        self.queries = call(pool, (self.tokens, self.routing))
+        self.query[self.worlds.stream] = call(queries_as_stream, (self.queries, order))
+
+    def _grid(self, stream: fx.Node) -> Any:
+        """(H, W) of the running call: from the stream, the block's arguments, or the model."""
+        call, order = self.graph.call_function, self.layout.order
+        if order in ("BHWC", "BCHW"):
+            axes = (1, 2) if order == "BHWC" else (2, 3)
+            return tuple(self.graph.call_method("size", (stream, axis)) for axis in axes)
+        sizes = [
+            n
+            for n in self.trace.graph.nodes
+            if n.op == "placeholder" and isinstance(self.trace.values[n], int)
+        ]
+        for rows, columns in zip(sizes, sizes[1:], strict=False):
+            if (self.trace.values[rows], self.trace.values[columns]) == self.layout.grid:
+                return (self.context[rows], self.context[columns])
+        self.needs_grid_shape = True
+        count = self.graph.call_method("size", (self.tokens, 1))
+        if self.layout.prefix:
+            count = call(operator.sub, (count, self.layout.prefix))
+        shape = self.graph.create_node("get_attr", "dge_grid_shape")
+        return call(resolve_grid, (shape, count))
+
+    def _epilogue(self, output: fx.Node) -> None:
+        call, order = self.graph.call_function, self.layout.order
+        updated = call(to_tokens, (self.query[self.worlds.output], order))
+        tokens = call(unpool_add, (self.tokens, self.queries, updated, self.routing))
+        result = call(from_tokens, (tokens, order, self.grid))
+
+        def pick(node: fx.Node) -> Any:
+            if node is self.worlds.output:
+                return result
+            if node not in self.context:
+                raise Refused("the block returns a value that only its query path computes")
+            return self.context[node]
+
+        self.graph.output(fx.map_arg(output.args[0], pick))
+
+    # -- the two worlds ----------------------------------------------------------------------
+
+    def _emit_context(self, node: fx.Node) -> Any:
+        for fused in self.fused:
+            if node in fused.context:
+                return self._project(fused, fused.context[node], self.context, False)
+        return self._copy(node, self.context.__getitem__)
+
+    def _emit_query(self, node: fx.Node) -> Any:
+        for fused in self.fused:
+            if node in fused.query:
+                return self._project(fused, fused.query[node], self.query, True)
+        form = self.forms.get(node)
+        if form is not None and form.mixes:
+            return self._legalise(node, form)
+        name = op_name(node, self.trace.root)
+        args, kwargs = map_sources(node, self.worlds.core.context_edges, self._operand)
+        if form is not None and form.kind != "free":
+            if node.op != "call_module" and name in VIEWS:
+                args = self._patched_view(node, name, args, form)
+            elif name in ELEMENTWISE:
+                args, kwargs = self._gathered(node, form, len(self._shape(node)), args, kwargs)
+            elif name == "scaled_dot_product_attention":
+                query_form = self.forms[self.worlds.core.query]
+                rank = len(self._shape(self.worlds.core.query))
+                args, kwargs = self._gathered(node, query_form, rank, args, kwargs)
+        return self._create(node, args, kwargs)
+
+    def _operand(self, source: fx.Node, crosses: bool) -> Any:
+        if crosses or source not in self.worlds.query:
+            return self.context[source]
+        return self.query[source]
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        value = self.trace.values[node]
+        return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+    def _copy(self, node: fx.Node, pick: Any) -> fx.Node:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), pick)
+        return self._create(node, args, kwargs)
+
+    def _create(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        target: Any = node.target
+        if node.op == "get_attr" and target in self.trace.constants:
+            name = f"c{len(self.constant_names)}"
+            target = self.constant_names.setdefault(target, f"{_CONSTANT_PREFIX}.{name}")
+        return self.graph.create_node(node.op, target, args, kwargs, name=node.name)
+
+    # -- fused projections -------------------------------------------------------------------
+
+    def _project(
+        self, fused: FusedProjection, part: Part, env: dict[fx.Node, Any], is_query: bool
+    ) -> fx.Node:
+        parts = (fused.query if is_query else fused.context).values()
+        first, last = min(p.start for p in parts), max(p.stop for p in parts)
+        key = (fused.linear, is_query)
+        if key not in self.projected:
+            self.projected[key] = (self._linear_rows(fused.linear, first, last, env), first)
+        projected, offset = self.projected[key]
+        return self.graph.call_function(
+            arrange_projection,
+            (projected, part.start - offset, part.stop - offset, part.features, part.order, part.singles),
+        )
+
+    def _linear_rows(self, linear: fx.Node, first: int, last: int, env: dict[fx.Node, Any]) -> fx.Node:
+        source, weight, bias = linear_operands(linear)
+        rows = []
+        for operand in (weight, bias):
+            if isinstance(operand, str):
+                module, _, name = operand.rpartition(".")
+                owner = self.trace.root.get_submodule(module)
+                if getattr(owner, name) is None:
+                    rows.append(None)
+                    continue
+                value = self.graph.create_node("get_attr", operand)
+            elif isinstance(operand, fx.Node):
+                value = self.context[operand]
+            else:
+                rows.append(None)
+                continue
+            rows.append(self.graph.call_function(weight_rows, (value, first, last)))
+        return self.graph.call_function(nn.functional.linear, (env[source], *rows))
+
+    # -- legalising --------------------------------------------------------------------------
+
+    def _patched_view(self, node: fx.Node, name: str, args: Any, form: Form) -> Any:
+        """A view's sizes with the token axis replaced by the number of queries."""
+        flat = not (len(args) > 1 and isinstance(args[-1], (tuple, list)))
+        first = 2 if name == "unflatten" else 1
+        if name == "unflatten" and flat:
+            return args
+        sizes = list(args[first:] if flat else args[-1])
+        if flat and len(sizes) == 1 and len(self._shape(node)) != 1:
+            return args  # one opaque size object: it comes from the stream itself
+        shift = 0
+        if name == "unflatten":
+            source = node.args[0]
+            assert isinstance(source, fx.Node) and isinstance(node.args[1], int)
+            shift = node.args[1] % len(self._shape(source))
+        wanted: list[Any] = [None] * len(sizes)
+        for axis, count in zip(form.axes, (True, False), strict=False):
+            if 0 <= axis - shift < len(sizes):
+                wanted[axis - shift] = count
+        for index, count in enumerate(wanted):
+            if count is None or sizes[index] == -1:
+                continue
+            if count:
+                sizes[index] = self.graph.call_function(query_count, (self.routing, form.prefix))
+            else:
+                sizes[index] = 1
+        return (*args[:first], *sizes) if flat else (*args[:-1], tuple(sizes))
+
+    def _gathered(
+        self, node: fx.Node, form: Form, rank: int, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Operands that do not come from the stream but carry its query axis, read per query."""
+        size = self.layout.grid[0] * self.layout.grid[1]
+        per_axis = (
+            self.layout.grid
+            if form.kind == "grid"
+            else (size + (self.layout.prefix if form.prefix else 0),)
+        )
+
+        def gather(original: Any, emitted: Any) -> Any:
+            if not isinstance(original, fx.Node) or original in self.worlds.query:
+                return emitted
+            shape = self._shape(original)
+            axes = [axis - (rank - len(shape)) for axis in form.axes]
+            if any(a < 0 for a in axes) or tuple(shape[a] for a in axes) != tuple(per_axis):
+                if any(a >= 0 and shape[a] > 1 for a in axes):
+                    raise Refused(
+                        f"{node.name} combines tokens with a table of shape {shape} that does not "
+                        f"follow the query axis"
+                    )
+                return emitted
+            if all(s == 1 for s in per_axis):
+                return emitted
+            if form.batch is None:
+                raise Refused(f"{node.name}: images and heads are merged where a table is added")
+            self.positional = True
+            return self.graph.call_function(
+                gather_constant,
+                (emitted, self.routing, rank, form.batch, form.axes, form.prefix),
+            )
+
+        skip = {place for consumer, place in self.worlds.core.context_edges if consumer is node}
+        args = tuple(
+            a if i in skip else gather(o, a)
+            for i, (o, a) in enumerate(zip(node.args, args, strict=True))
+        )
+        kwargs = {k: v if k in skip else gather(node.kwargs[k], v) for k, v in kwargs.items()}
+        return args, kwargs
+
+    def _legalise(self, node: fx.Node, form: Form) -> fx.Node:
+        """A node that mixes tokens: a stencil if it is a plain depthwise convolution."""
+        self.mixing = True
+        depthwise = self._depthwise(node)
+        if depthwise is not None:
+            source, weight, bias = depthwise
+            return self.graph.call_function(
+                stencil_conv, (self.query[source], weight, bias, self.routing)
+            )
+        return self._island(node, form)
+
+    def _depthwise(self, node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
+        if op_name(node, self.trace.root) != "conv2d" or node.op != "call_module":
+            return None
+        source = argument(node, 0, "input")
+        conv = self.trace.root.get_submodule(str(node.target))
+        assert isinstance(conv, nn.Conv2d) and isinstance(source, fx.Node)
+        kernel = conv.kernel_size[0]
+        plain = (
+            conv.groups == conv.in_channels == conv.out_channels
+            and conv.kernel_size == (kernel, kernel)
+            and kernel % 2 == 1
+            and conv.stride == (1, 1)
+            and conv.dilation == (1, 1)
+            and conv.padding in ((kernel // 2, kernel // 2), "same")
+            and conv.padding_mode == "zeros"
+        )
+        form = self.forms.get(source)
+        if not plain or type(conv) is not nn.Conv2d or form is None or form.axes != (2, 3):
+            return None
+        weight = self.graph.create_node("get_attr", f"{node.target}.weight")
+        bias = None if conv.bias is None else self.graph.create_node("get_attr", f"{node.target}.bias")
+        return source, weight, bias
+
+    def _island(self, node: fx.Node, form: Form) -> fx.Node:
+        """Un-pool, the operation as it is, pool."""
+
+        def dense(source: fx.Node, crosses: bool) -> Any:
+            emitted = self._operand(source, crosses)
+            source_form = self.forms.get(source)
+            if crosses or source_form is None or source_form.kind == "free":
+                return emitted
+            if source_form.batch != 0:
+                raise Refused(f"{node.name} mixes tokens with images merged into another axis")
+            return self.graph.call_function(
+                unpool_value, (emitted, self.routing, source_form.axes, source_form.prefix)
+            )
+
+        args, kwargs = map_sources(node, self.worlds.core.context_edges, dense)
+        result = self._create(node, args, kwargs)
+        if form.kind == "free":
+            if not isinstance(self.trace.values[node], Tensor):
+                raise Refused(f"{node.name} mixes tokens")
+            return result
+        if form.batch != 0:
+            raise Refused(f"{node.name} mixes tokens with images merged into another axis")
+        return self.graph.call_function(
+            pool_value, (result, self.routing, form.axes, form.prefix)
+        )

@@ -1,0 +1,191 @@
+"""Pass 6, verify: numbers, not trust. A block is used only if it equals the dense block.
+
+Per block, on a copy with its constant-initialised parameters randomised: at the finest
+granularity in eval and in train mode, and, where the identity applies, at random granularities on
+input that is constant within every patch. For the whole model: at the finest granularity on the
+example input, with its real parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from dgefx.config import DGEConfig
+from dgefx.kernels.layout import from_tokens
+from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.hierarchy import level_tables, patch_count
+from dgefx.passes.capture import Call
+from dgefx.passes.forms import randomise_constants
+from dgefx.passes.grid import Layout
+from dgefx.passes.rewrite import BlockPlan, build_block
+from dgefx.passes.worlds import Refused
+
+#: of the block's update (its output less its input) or the model's output, in float32
+TOLERANCE = 1e-5
+#: rounding of the stream itself when the update is added to it, relative to the stream
+_ROUNDING = 1e-6
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The floating point tensors of any model output."""
+    if isinstance(output, dict):
+        output = dict(output)
+    leaves = pytree.tree_leaves(output)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def relative_error(found: Any, wanted: Any) -> float:
+    """Largest relative error (2-norm) over the tensors of two outputs; infinite if not comparable
+    or not finite."""
+    pairs = list(zip(output_tensors(found), output_tensors(wanted), strict=False))
+    if not pairs or len(output_tensors(found)) != len(output_tensors(wanted)):
+        return float("inf")
+    worst = 0.0
+    for a, b in pairs:
+        if a.shape != b.shape:
+            return float("inf")
+        size = b.double().norm().item()
+        error = (a.double() - b.double()).norm().item() / max(size, 1e-30)
+        if not error < float("inf"):  # also NaN
+            return float("inf")
+        worst = max(worst, error)
+    return worst
+
+
+def _run(module: nn.Module, call: Call, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    args, kwargs = call
+    return output_tensors(module(*args, **kwargs))[0]
+
+
+def _with_stream(call: Call, shape: tuple[int, ...], stream: Tensor) -> Call:
+    """`call` with its stream replaced (the first tensor of that shape)."""
+    leaves, spec = pytree.tree_flatten(call)
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape:
+            leaves[index] = stream
+            break
+    replaced: Call = pytree.tree_unflatten(leaves, spec)
+    return replaced
+
+
+def _stream(call: Call, shape: tuple[int, ...]) -> Tensor:
+    for leaf in pytree.tree_leaves(call):
+        if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape:
+            return leaf
+    raise Refused(f"no argument of the block holds its stream of shape {shape}")
+
+
+def _require_equal(found: Tensor, wanted: Tensor, stream: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(wanted).all()):
+        raise Refused("verification: the dense block yields NaN or infinity")
+    update = (wanted - stream).double().norm().item()
+    error = (found - wanted).double().norm().item()
+    allowed = TOLERANCE * update + _ROUNDING * stream.double().norm().item()
+    if not error <= allowed:
+        raise Refused(
+            f"verification: {what} differs from the dense block by {error / max(update, 1e-30):.1e} "
+            f"of its update"
+        )
+
+
+def patch_constant_stream(
+    layout: Layout, config: DGEConfig, like: Tensor, generator: torch.Generator
+) -> Tensor:
+    """A random stream, equal for all tokens of a coarsest patch."""
+    tables = level_tables(
+        layout.grid, config.granularities[-1], config.region_side, torch.device("cpu")
+    )
+    patches = patch_count(layout.grid, config.granularities[-1])
+    channel = {"BNC": 2, "NBC": 2, "BCN": 1, "BHWC": 3, "BCHW": 1}[layout.order]
+    images = like.shape[1 if layout.order == "NBC" else 0]
+    size = (images, patches + layout.prefix, like.shape[channel])
+    values = torch.randn(size, generator=generator)
+    tokens = torch.cat(
+        [values[:, : layout.prefix], values[:, layout.prefix :][:, tables.token_patch]], 1
+    )
+    return from_tokens(tokens, layout.order, layout.grid).contiguous().to(like)
+
+
+def random_levels(
+    block: DGEBlock, images: int, generator: torch.Generator
+) -> Tensor:
+    """(B, R) random granularities for a block."""
+    regions = block.dge_router.region_cost_0.shape[0]
+    return torch.randint(
+        0, block.dge_router.config.levels, (images, regions), generator=generator
+    )
+
+
+def verify_block(
+    dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
+) -> None:
+    """Compare the converted block with the dense one.
+
+    Args:
+        dense: not changed. call, shape: of its example run.
+
+    Raises:
+        Refused: with what differs.
+    """
+    generator = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        copied = copy.deepcopy(dense)
+        randomise_constants(copied)
+        example = _stream(call, shape)
+        noise = torch.randn(example.shape, generator=generator).to(example)
+        for training in (False, True):
+            # two copies: train mode may update running statistics
+            reference, other = copied, copied
+            if training:
+                reference, other = copy.deepcopy(copied), copy.deepcopy(copied)
+            reference.train(training)
+            converted = build_block(other.train(training), plan, config, _grid_shape(plan))
+            label = "train mode at the finest granularity" if training else "the finest granularity"
+            probe = _with_stream(call, shape, noise)
+            wanted = _run(reference, probe)
+            _require_equal(_run(converted, probe), wanted, noise, label)
+        copied.eval()
+        converted = build_block(copied, plan, config, _grid_shape(plan))
+        _verify_coarse(copied, converted, plan, call, shape, config, generator)
+
+
+def _grid_shape(plan: BlockPlan) -> GridShape | None:
+    return GridShape(plan.layout.grid) if plan.needs_grid_shape else None
+
+
+def _verify_coarse(
+    dense: nn.Module,
+    converted: DGEBlock,
+    plan: BlockPlan,
+    call: Call,
+    shape: tuple[int, ...],
+    config: DGEConfig,
+    generator: torch.Generator,
+) -> None:
+    """Random granularities: equal on patch-constant input where nothing else is positional."""
+    like = _stream(call, shape)
+    stream = patch_constant_stream(plan.layout, config, like, generator)
+    images = like.shape[1 if plan.layout.order == "NBC" else 0]
+    levels = random_levels(converted, images, generator).to(like.device)
+    router = converted.dge_router
+    handle = router.register_forward_hook(
+        lambda module, inputs, _output: module.routing_for(inputs[0], levels, inputs[1])
+    )
+    probe = _with_stream(call, shape, stream)
+    try:
+        found = _run(converted, probe)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise Refused(f"verification: fails at mixed granularities: {error}") from error
+    finally:
+        handle.remove()
+    if not bool(torch.isfinite(found).all()):
+        raise Refused("verification: NaN or infinity at mixed granularities")
+    if plan.exact_at_any_level:
+        wanted = _run(dense, probe)
+        _require_equal(found, wanted, stream, "mixed granularities on patch-constant input")

@@ -1,0 +1,127 @@
+"""Pass 4a, worlds: which nodes of a block run on queries, and which on the dense context.
+
+A block's graph is evaluated in two worlds. Everything its output needs runs in the query world,
+until an edge into an attention core's keys or values crosses into the context world, where the
+stream is the dense input. What does not depend on the stream is shared. Next: `passes.forms`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from dgefx.passes.cores import Core, find_cores, map_sources
+from dgefx.passes.trace import Trace
+
+
+class Refused(ValueError):
+    """A block that stays dense; the message is the reason shown in the report."""
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """query, context: nodes that run in each world (a node may run in both, or in none).
+
+    Tensors that do not come from the stream's data (bias tables, RoPE, masks), even if they are
+    made to its size, belong to the context: queries read them through `gather_constant`.
+    """
+
+    stream: Node
+    output: Node
+    core: Core
+    query: frozenset[Node]
+    context: frozenset[Node]
+
+    def sources(self, node: Node) -> list[tuple[Node, bool]]:
+        """(producer, whether it enters from the context world) for every argument of `node`."""
+        found: list[tuple[Node, bool]] = []
+
+        def pick(source: Node, crosses: bool) -> Node:
+            found.append((source, crosses or source not in self.query))
+            return source
+
+        map_sources(node, self.core.context_edges, pick)
+        return found
+
+
+def block_flow(graph: Graph) -> nx.DiGraph:
+    """Data flow between the nodes of a block's graph."""
+    digraph = nx.DiGraph()
+    digraph.add_nodes_from(graph.nodes)
+    digraph.add_edges_from((s, n) for n in graph.nodes for s in n.all_input_nodes)
+    return digraph
+
+
+def carries_tensor(value: Any) -> bool:
+    """Whether a traced value is a tensor or holds one."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _data_dependent(trace: Trace, flow: nx.DiGraph, stream: Node) -> set[Node]:
+    """Nodes that the stream's data reaches: through tensors, not through mere sizes."""
+    tensors = [n for n in flow if n.op == "output" or carries_tensor(trace.values.get(n))]
+    return set(nx.descendants(flow.subgraph(tensors), stream)) | {stream}
+
+
+def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
+    """The updated stream among the block's results.
+
+    Raises:
+        Refused: no result has the stream's shape, or another result depends on the stream.
+    """
+    results: list[Node] = next(n for n in trace.graph.nodes if n.op == "output").all_input_nodes
+    shape = trace.values[stream].shape
+    reached = nx.descendants(flow, stream)
+    moving = [n for n in results if n in reached]
+    fitting = [n for n in moving if getattr(trace.values[n], "shape", None) == shape]
+    if not fitting:
+        raise Refused("no result of the block has the shape of its input stream")
+    if len(moving) > 1:
+        raise Refused("the block returns further results that depend on its input")
+    return fitting[0]
+
+
+def find_worlds(trace: Trace, stream: Node) -> Worlds:
+    """Split the nodes of a traced block.
+
+    Raises:
+        Refused: not exactly one attention core, or one that does not lead to the output.
+    """
+    cores = find_cores(trace.graph, trace.root)
+    if len(cores) != 1:
+        raise Refused(f"{len(cores)} attentions in the traced block; one expected")
+    (core,) = cores
+    flow = block_flow(trace.graph)
+    output = find_output(trace, flow, stream)
+    data = _data_dependent(trace, flow, stream)
+    sized = nx.descendants(flow, stream)
+    query: set[Node] = set()
+    context: set[Node] = set()
+
+    def belongs(node: Node, asked: set[Node]) -> set[Node]:
+        if asked is query:
+            size_only = node in sized and not carries_tensor(trace.values.get(node))
+            return query if node in data or size_only else context
+        return context
+
+    front = [(output, query)]
+    while front:
+        node, world = front.pop()
+        if node in world:
+            continue
+        world.add(node)
+
+        def visit(source: Node, crosses: bool, world: set[Node] = world) -> Node:
+            asked = context if crosses and world is query else world
+            front.append((source, belongs(source, asked)))
+            return source
+
+        map_sources(node, core.context_edges, visit)
+    if core.output not in query:
+        raise Refused("the attention does not lead to the block's output")
+    return Worlds(stream, output, core, frozenset(query), frozenset(context))

@@ -1,0 +1,80 @@
+"""`Report`: what a conversion did or would do, block by block, printed as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One attention block of the model.
+
+    name: module name. status: "converted" or "dense". reason: why it stays dense, else "".
+    ratio: its MACs over the dense block's (1.0 if dense). slots: queries per image and level,
+    finest first, without prefix tokens. grid: (H, W) tokens. prefix: prefix tokens.
+    """
+
+    name: str
+    status: str
+    reason: str
+    ratio: float
+    slots: tuple[int, ...] = ()
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+
+    @property
+    def query_slots(self) -> int:
+        """Queries per image, prefix tokens included."""
+        return sum(self.slots) + (self.prefix if self.slots else 0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Whole-model figures and every attention block seen.
+
+    gamma: asked for. ratio: MACs over the dense model's, by `FlopCounterMode`. macs, macs_dense:
+    multiply-accumulates per image. floor: the lowest ratio this model can be converted to.
+    """
+
+    gamma: float
+    ratio: float
+    macs: float
+    macs_dense: float
+    floor: float
+    blocks: tuple[BlockReport, ...] = field(default_factory=tuple)
+
+    @property
+    def converted(self) -> tuple[BlockReport, ...]:
+        """The blocks that were (or would be) converted."""
+        return tuple(b for b in self.blocks if b.status == "converted")
+
+    def __str__(self) -> str:
+        table = Table(
+            title=(
+                f"gamma {self.gamma:g}: MAC ratio {self.ratio:.3f} "
+                f"({self.macs / 1e9:.3f} of {self.macs_dense / 1e9:.3f} GMACs per image, "
+                f"floor {self.floor:.3f}), {len(self.converted)} of {len(self.blocks)} attention "
+                f"blocks converted"
+            )
+        )
+        for column in ("block", "status", "grid", "queries", "slots per level", "ratio", "reason"):
+            table.add_column(column, justify="right" if column in ("queries", "ratio") else "left")
+        for block in self.blocks:
+            grid = "" if block.grid is None else f"{block.grid[0]}x{block.grid[1]}"
+            grid += f"+{block.prefix}" if block.prefix else ""
+            table.add_row(
+                block.name or "(root)",
+                block.status,
+                grid,
+                str(block.query_slots) if block.slots else "",
+                " + ".join(str(s) for s in block.slots),
+                f"{block.ratio:.3f}",
+                block.reason,
+            )
+        console = Console(width=160, no_color=True)
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get().rstrip()

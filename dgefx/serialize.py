@@ -1,0 +1,127 @@
+"""`save` and `load`: a converted model as config JSON + safetensors.
+
+The files hold settings and weights, no code: `load` converts the dense model again and gives
+every block the slots it had.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from dgefx.convert import RECORD, Record, conversion_record, convert, describe_call
+from dgefx.config import DGEConfig
+from dgefx.nn.block import DGEBlock
+from dgefx.nn.capacity import Plan
+
+FORMAT = 1
+CONFIG_FILE = "dgefx.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a converted model.
+
+    Args:
+        folder: made if missing; receives `dgefx.json` and `model.safetensors`.
+
+    Raises:
+        TypeError, ValueError: not a converted model.
+    """
+    record = conversion_record(model)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    slots = {
+        name: list(module.dge_router.plan.capacities)
+        for name, module in model.named_modules()
+        if isinstance(module, DGEBlock)
+    }
+    content = {
+        "format": FORMAT,
+        "config": record.config.to_dict(),
+        "gamma": record.gamma,
+        "example": record.example,
+        "slots": slots,
+    }
+    (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    save_model(model, str(path / WEIGHTS_FILE))
+
+
+def _rebuild(described: Any) -> Any:
+    if "shape" in described:
+        dtype = getattr(torch, described["dtype"])
+        if dtype.is_floating_point:
+            generator = torch.Generator().manual_seed(0)
+            return torch.randn(described["shape"], generator=generator).to(dtype)
+        return torch.ones(described["shape"], dtype=dtype)
+    if "value" in described:
+        return described["value"]
+    raise ValueError(
+        f"the model was converted with an argument of type {described['unknown']}, which cannot be "
+        f"rebuilt from the file; pass example_inputs= to load()"
+    )
+
+
+def load(
+    folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = None
+) -> nn.Module:
+    """Read what `save` wrote.
+
+    Args:
+        folder: written by `save`.
+        dense_model: of the architecture that was converted, dense; unchanged, its weights do not
+            matter.
+        example_inputs: only for models with arguments that JSON cannot describe.
+
+    Returns:
+        A new converted model, on the CPU or wherever `dense_model` is.
+
+    Raises:
+        FileNotFoundError: no such files.
+        ValueError: another format, or `dense_model` does not fit.
+    """
+    path = Path(folder)
+    content = json.loads((path / CONFIG_FILE).read_text())
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path / CONFIG_FILE} has format {content.get('format')!r}, this dgefx reads {FORMAT}"
+        )
+    config, slots = DGEConfig.from_dict(content["config"]), content["slots"]
+    inputs = example_inputs
+    if inputs is None:
+        args, kwargs = content["example"]
+        device = next((p.device for p in dense_model.parameters()), torch.device("cpu"))
+
+        def build(described: Any) -> Any:
+            value = _rebuild(described)
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        rebuilt = {k: build(v) for k, v in kwargs.items()}
+        inputs = rebuilt if rebuilt and not args else tuple(build(a) for a in args)
+    model = convert(
+        dense_model,
+        1.0,
+        example_inputs=inputs,
+        config=config,
+        filter_fn=lambda _module, name: name in slots,
+    )
+    found = {n: m for n, m in model.named_modules() if isinstance(m, DGEBlock)}
+    if set(found) != set(slots):
+        raise ValueError(
+            f"dense_model does not fit {path}: blocks {sorted(set(slots) ^ set(found))} are "
+            f"converted in only one of the two"
+        )
+    for name, block in found.items():
+        block.dge_router.plan = Plan(tuple(slots[name]))
+    missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"dense_model does not fit {path}: missing keys {sorted(missing)}, unexpected keys "
+            f"{sorted(unexpected)}"
+        )
+    return model
