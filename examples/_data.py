@@ -20,10 +20,11 @@ TEST_NAMES = ("val", "valid", "validation", "test")
 
 
 class Digits(Dataset[tuple[torch.Tensor, int]]):
-    """The 1797 hand-written digits that come with scikit-learn (8 x 8 pixels), enlarged."""
+    """The 1797 hand-written digits that come with scikit-learn (8 x 8 pixels), framed and enlarged."""
 
     def __init__(self, images: np.ndarray, targets: np.ndarray, size: int) -> None:
         pixels = (images * (255.0 / 16.0)).round().astype(np.uint8)
+        pixels = np.pad(pixels, ((0, 0), (1, 1), (1, 1)))  # the strokes touch the border
         self.images = [
             Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
             for image in pixels

@@ -69,6 +69,7 @@ def _level(
     routing: Routing,
     level: int,
 ) -> Tensor:
+    """One level's slots: their own value and the ring around their patch."""
     side, reach = routing.granularities[level], kernel // 2
     height, width = routing.grid
     columns = -(-width // side)
@@ -77,18 +78,21 @@ def _level(
     kinds = None
     if len(shapes) > 1:
         # clipped patches have taps of their own: which of the (at most four) shapes is this one?
-        rows_clipped = (height - row < side).long()
-        columns_clipped = (width - column < side).long()
-        kinds = rows_clipped * len({w for _, w in shapes}) + columns_clipped
-    ring, coefficients = _patch_taps(taps, kernel, side, shapes)
+        below = (height - row < side).long() * len({w for _, w in shapes})
+        kinds = below + (width - column < side).long()
+    ring = _ring(side, kernel)
+    shares = torch.tensor(_tap_shares(side, kernel, tuple(shapes)), device=taps.device)
+    coefficients = torch.einsum("rst,tc->rsc", shares.to(taps.dtype), taps)
     out = own * _pick(coefficients[0], kinds)
-    for (down, right), coefficient in zip(ring, coefficients[1:], strict=True):
-        y, x = row + (down - reach), column + (right - reach)
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        token = torch.where(inside, y * width + x, 0)
-        slot = routing.token_slot.gather(1, token)
-        value = torch.where(inside.unsqueeze(-1), gather_rows(hidden, slot), 0)
-        out = out + value * _pick(coefficient, kinds)
+    offsets = torch.tensor(ring, device=ids.device) - reach  # (ring, 2)
+    y, x = row.unsqueeze(-1) + offsets[:, 0], column.unsqueeze(-1) + offsets[:, 1]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    token = torch.where(inside, y * width + x, 0)
+    slot = routing.token_slot.gather(1, token.flatten(1)).view(token.shape)
+    for index in range(len(ring)):
+        value = gather_rows(hidden, slot[:, :, index])
+        value = torch.where(inside[:, :, index].unsqueeze(-1), value, 0)
+        out = out + value * _pick(coefficients[index + 1], kinds)
     return out
 
 
@@ -104,55 +108,28 @@ def _patch_shapes(grid: tuple[int, int], side: int) -> list[tuple[int, int]]:
     return [(h, w) for h in heights for w in widths]
 
 
-def _patch_taps(
-    taps: Tensor, kernel: int, side: int, shapes: list[tuple[int, int]]
-) -> tuple[list[tuple[int, int]], list[Tensor]]:
-    """Positions of the ring around a patch, and per position the summed taps of every shape.
-
-    Returns:
-        ring positions in the (side + kernel - 1)^2 frame; coefficients (shapes, C), first those
-        of the patch's own value.
-    """
+def _ring(side: int, kernel: int) -> list[tuple[int, int]]:
+    """Positions around a patch in its (side + kernel - 1)^2 frame."""
     frame, reach = side + kernel - 1, kernel // 2
-    grid = taps.unflatten(0, (kernel, kernel))
-    per_shape = []
-    for height, width in shapes:
-        total = None
-        for down in range(height):
-            for right in range(width):
-                padding = (
-                    0, 0, right, frame - kernel - right, down, frame - kernel - down
-                )
-                moved = F.pad(grid, padding)
-                total = moved if total is None else total + moved
-        assert total is not None
-        per_shape.append(total * (1.0 / (height * width)))
-    summed = torch.stack(per_shape, 2)  # (frame, frame, shapes, C)
-    ring: list[tuple[int, int]] = []
-    coefficients = [_own_taps(grid, reach, shapes)]
-    for down in range(frame):
-        for right in range(frame):
-            inside = reach <= down < reach + side and reach <= right < reach + side
-            if not inside:
-                ring.append((down, right))
-                coefficients.append(summed[down, right])
-    return ring, coefficients
+    own = range(reach, reach + side)
+    return [(y, x) for y in range(frame) for x in range(frame) if y not in own or x not in own]
 
 
-def _own_taps(grid: Tensor, reach: int, shapes: list[tuple[int, int]]) -> Tensor:
-    """(shapes, C): taps with which the patch's own value enters its mean."""
-    kernel = grid.shape[0]
-    own = []
-    for height, width in shapes:
-        total = None
-        for down in range(kernel):
-            for right in range(kernel):
-                # tokens whose neighbour at this tap lies inside the same patch
-                rows = max(0, height - abs(down - reach))
-                columns = max(0, width - abs(right - reach))
-                if rows and columns:
-                    part = grid[down, right] * (rows * columns / (height * width))
-                    total = part if total is None else total + part
-        assert total is not None
-        own.append(total)
-    return torch.stack(own)
+def _tap_shares(
+    side: int, kernel: int, shapes: tuple[tuple[int, int], ...]
+) -> list[list[list[float]]]:
+    """(1 + ring, shapes, k * k): how much of each tap reads the patch itself (first) and each
+    ring position, in the mean over the patch's tokens."""
+    reach = kernel // 2
+    ring = {position: index + 1 for index, position in enumerate(_ring(side, kernel))}
+    shares = [[[0.0] * kernel**2 for _ in shapes] for _ in range(len(ring) + 1)]
+    for shape, (height, width) in enumerate(shapes):
+        for tap in range(kernel**2):
+            down, right = divmod(tap, kernel)
+            for y in range(height):
+                for x in range(width):
+                    inside = 0 <= y + down - reach < height and 0 <= x + right - reach < width
+                    place = 0 if inside else ring.get((y + down, x + right))
+                    if place is not None:  # else beyond a clipped border, where there is nothing
+                        shares[place][shape][tap] += 1.0 / (height * width)
+    return shares

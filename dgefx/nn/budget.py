@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from dgefx.nn.capacity import Plan
 
+#: share of the dense model's MACs that may stay unspent for the sake of equal blocks
+SLACK = 0.01
+
 
 @dataclass(frozen=True)
 class BlockCost:
@@ -82,28 +85,38 @@ def solve(costs: Mapping[str, BlockCost], dense: float, gamma: float) -> dict[st
         else:
             high = middle
     chosen = {name: _choose(cost, low) for name, cost in costs.items()}
-    _top_up(costs, rest, limit, chosen)
+    groups: dict[BlockCost, list[str]] = {}
+    for name, cost in costs.items():
+        groups.setdefault(cost, []).append(name)
+    # equal blocks stay equal as long as the budget is nearly met: they then share compiled kernels
+    _top_up(costs, rest, limit, chosen, list(groups.values()))
+    if limit - _total(costs, rest, chosen) > SLACK * dense:
+        _top_up(costs, rest, limit, chosen, [[name] for name in costs])
     return {name: cost.plans[chosen[name]] for name, cost in costs.items()}
 
 
 def _top_up(
-    costs: Mapping[str, BlockCost], rest: float, limit: float, chosen: dict[str, int]
+    costs: Mapping[str, BlockCost],
+    rest: float,
+    limit: float,
+    chosen: dict[str, int],
+    groups: list[list[str]],
 ) -> None:
-    """Spend what rounding left: raise the block with the smallest share while it still fits."""
+    """Spend what rounding left: raise the group with the smallest share while it still fits."""
     spent = _total(costs, rest, chosen)
-    open_ = set(costs)
+    open_ = list(groups)
     while open_:
-        name = min(
-            sorted(open_),
-            key=lambda n: costs[n].plans[chosen[n]].slots / costs[n].plans[-1].slots,
+        group = min(
+            open_,
+            key=lambda g: costs[g[0]].plans[chosen[g[0]]].slots / costs[g[0]].plans[-1].slots,
         )
-        cost, index = costs[name], chosen[name]
-        if index + 1 >= len(cost.plans):
-            open_.discard(name)
+        cost, index = costs[group[0]], chosen[group[0]]
+        step = 0.0
+        if index + 1 < len(cost.plans):
+            step = len(group) * (cost.macs(cost.plans[index + 1]) - cost.macs(cost.plans[index]))
+        if not step or spent + step > limit:
+            open_.remove(group)
             continue
-        step = cost.macs(cost.plans[index + 1]) - cost.macs(cost.plans[index])
-        if spent + step > limit:
-            open_.discard(name)
-            continue
-        chosen[name] = index + 1
+        for name in group:
+            chosen[name] = index + 1
         spent += step

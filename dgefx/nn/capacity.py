@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -45,14 +46,14 @@ def _last_capacity(
     return min(worst, patch_count(grid, coarsest))
 
 
-def _cost_unit(grid: tuple[int, int], side: int, region: int) -> int:
-    """Greatest common divisor of the regions' costs: slots beyond a multiple of it stay empty."""
+def _region_costs(grid: tuple[int, int], side: int, region: int) -> list[int]:
+    """The different numbers of patches of `side` that regions of `grid` hold."""
     per_axis = []
     for length in grid:
         whole, rest = divmod(length, region)
         sizes = ([region // side] if whole else []) + ([-(-rest // side)] if rest else [])
         per_axis.append(sizes)
-    return math.gcd(*(h * w for h in per_axis[0] for w in per_axis[1]))
+    return sorted({h * w for h in per_axis[0] for w in per_axis[1]})
 
 
 def plan_from_fractions(
@@ -70,9 +71,10 @@ def plan_from_fractions(
     for total, side, fraction in zip(totals[:-1], config.granularities, fractions, strict=False):
         price = max_region_cost(grid, side, config.region_side)
         if clipped:
-            unit = _cost_unit(grid, side, config.region_side)
+            costs = _region_costs(grid, side, config.region_side)
+            unit = math.gcd(*costs)  # slots beyond a multiple of it would stay empty
             capacity = round(fraction * total / unit) * unit
-            capacity = 0 if capacity < min(price, total) else capacity
+            capacity = 0 if capacity < costs[0] else capacity
             left -= min(left, capacity // price)
         else:
             count = min(left, round(fraction * regions))
@@ -105,7 +107,8 @@ def _mixture(costs: list[float], mean: float) -> tuple[float, ...]:
     return tuple(weights(low))
 
 
-def plans(grid: tuple[int, int], config: DGEConfig) -> list[Plan]:
+@functools.lru_cache(maxsize=256)
+def plans(grid: tuple[int, int], config: DGEConfig) -> tuple[Plan, ...]:
     """All splits of a block on `grid`, by rising number of slots; first all coarse, last all fine."""
     levels = config.levels
     pure = [
@@ -113,7 +116,7 @@ def plans(grid: tuple[int, int], config: DGEConfig) -> list[Plan]:
         for level in range(levels)
     ]
     if config.routing == "layer":
-        return sorted(set(pure), key=lambda plan: plan.slots)
+        return tuple(sorted(set(pure), key=lambda plan: plan.slots))
     regions = region_count(grid, config.region_side)
     costs = [patch_count(grid, side) / regions for side in config.granularities]
     found = {pure[0].slots: pure[0], pure[-1].slots: pure[-1]}
@@ -122,7 +125,7 @@ def plans(grid: tuple[int, int], config: DGEConfig) -> list[Plan]:
         plan = plan_from_fractions(grid, config, _mixture(costs, mean))
         if pure[-1].slots < plan.slots < pure[0].slots:
             found.setdefault(plan.slots, plan)
-    return [found[slots] for slots in sorted(found)]
+    return tuple(found[slots] for slots in sorted(found))
 
 
 def rescale(plan: Plan, old: tuple[int, int], new: tuple[int, int], config: DGEConfig) -> Plan:

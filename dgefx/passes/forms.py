@@ -60,8 +60,8 @@ def randomise_constants(module: nn.Module) -> None:
             if parameter.is_floating_point() and parameter.numel():
                 spread = parameter.max() - parameter.min()
                 if spread <= 1e-3 * parameter.abs().max():
-                    noise = torch.rand(parameter.shape, generator=generator)
-                    parameter.copy_(0.5 + noise.to(parameter))
+                    noise = torch.rand(parameter.shape, generator=generator) - 0.5
+                    parameter.add_(noise.to(parameter))
 
 
 class FormFinder:
@@ -79,7 +79,8 @@ class FormFinder:
         self.base: dict[fx.Node, Any] = {}
 
     def _execute(self, node: fx.Node, args: Any, kwargs: Any, index: int) -> Any:
-        torch.manual_seed(index)  # dropout draws the same mask in every run
+        if self.trace.root.training:
+            torch.manual_seed(index)  # dropout draws the same mask in every run
         return run_node(node, self.trace.root, args, kwargs)
 
     def _run_base(self, inputs: dict[fx.Node, Any]) -> None:
@@ -120,7 +121,8 @@ class FormFinder:
         view = self._canonical(moved)
         token = self.layout.prefix + probe.row * self.layout.grid[1] + probe.column
         generator = torch.Generator().manual_seed(2)
-        view[probe.image, token] += torch.randn(view.shape[-1], generator=generator).to(view)
+        # far enough to move attention that is nearly one-hot
+        view[probe.image, token] += 3 * torch.randn(view.shape[-1], generator=generator).to(view)
         return moved
 
     def _canonical(self, stream: Tensor) -> Tensor:

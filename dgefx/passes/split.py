@@ -63,7 +63,9 @@ def split(trace: Trace, stream: fx.Node, layout: Layout) -> SplitBlock:
     Raises:
         Refused: with the reason why the block stays dense.
     """
-    worlds = find_worlds(trace, stream)
+    height, width = layout.grid
+    counts = frozenset({layout.tokens, height * width, height, width})
+    worlds = find_worlds(trace, stream, counts)
     _refuse_masks(trace, worlds)
     finder = FormFinder(trace, worlds, layout)
     forms = finder.find()
@@ -206,6 +208,8 @@ class _Splitter:
                 query_form = self.forms[self.worlds.core.query]
                 rank = len(self._shape(self.worlds.core.query))
                 args, kwargs = self._gathered(node, query_form, rank, args, kwargs)
+        if name in ("split", "split_with_sizes"):
+            args, kwargs = self._patched_split(node, args, kwargs)
         return self._create(node, args, kwargs)
 
     def _operand(self, source: fx.Node, crosses: bool) -> Any:
@@ -291,6 +295,37 @@ class _Splitter:
             else:
                 sizes[index] = 1
         return (*args[:first], *sizes) if flat else (*args[:-1], tuple(sizes))
+
+    def _patched_split(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A split of the token axis, with the part that holds the grid as long as the queries."""
+        source, sizes = node.args[0], argument(node, 1, "split_size")
+        axis = argument(node, 2, "dim", 0)
+        form = self.forms.get(source) if isinstance(source, fx.Node) else None
+        if form is None or form.kind != "tokens" or not isinstance(sizes, (tuple, list)):
+            return args, kwargs
+        assert isinstance(source, fx.Node) and isinstance(axis, int)
+        if axis % len(self._shape(source)) != form.axes[0]:
+            return args, kwargs
+        prefix = self.layout.prefix if form.prefix else 0
+        grid = self.layout.grid[0] * self.layout.grid[1]
+        wanted: list[Any] = []
+        start = 0
+        for size in sizes:
+            stop = start + int(self.trace.values[size] if isinstance(size, fx.Node) else size)
+            head = max(0, min(stop, prefix) - start)
+            body = stop - max(start, prefix)
+            if body not in (0, grid) and body > 0:
+                raise Refused(f"{node.name} splits the grid's tokens into parts")
+            if body <= 0:
+                wanted.append(head)
+            elif not head:
+                wanted.append(self.graph.call_function(query_count, (self.routing, False)))
+            else:
+                count = self.graph.call_function(query_count, (self.routing, False))
+                wanted.append(self.graph.call_function(operator.add, (count, head)))
+            start = stop
+        tail = {"dim": axis}
+        return (args[0], wanted), tail
 
     def _gathered(
         self, node: fx.Node, form: Form, rank: int, args: Any, kwargs: Any

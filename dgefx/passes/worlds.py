@@ -68,6 +68,19 @@ def _data_dependent(trace: Trace, flow: nx.DiGraph, stream: Node) -> set[Node]:
     return set(nx.descendants(flow.subgraph(tensors), stream)) | {stream}
 
 
+def _tensors_behind(trace: Trace, flow: nx.DiGraph, size: Node) -> set[Node]:
+    """The tensors whose shapes a size is computed from."""
+    found: set[Node] = set()
+    front = [size]
+    while front:
+        for source in flow.predecessors(front.pop()):
+            if carries_tensor(trace.values.get(source)):
+                found.add(source)
+            else:
+                front.append(source)
+    return found
+
+
 def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
     """The updated stream among the block's results.
 
@@ -86,8 +99,12 @@ def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
     return fitting[0]
 
 
-def find_worlds(trace: Trace, stream: Node) -> Worlds:
+def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Worlds:
     """Split the nodes of a traced block.
+
+    Args:
+        token_counts: sizes that may stand for a number of tokens, rows or columns. Any other size
+            is the same in both worlds and is read where its tensor is computed anyway.
 
     Raises:
         Refused: not exactly one attention core, or one that does not lead to the output.
@@ -103,25 +120,40 @@ def find_worlds(trace: Trace, stream: Node) -> Worlds:
     query: set[Node] = set()
     context: set[Node] = set()
 
-    def belongs(node: Node, asked: set[Node]) -> set[Node]:
-        if asked is query:
-            size_only = node in sized and not carries_tensor(trace.values.get(node))
-            return query if node in data or size_only else context
-        return context
+    deferred: list[Node] = []
 
-    front = [(output, query)]
-    while front:
-        node, world = front.pop()
-        if node in world:
-            continue
-        world.add(node)
+    def is_size(node: Node) -> bool:
+        return node in sized and not carries_tensor(trace.values.get(node))
 
-        def visit(source: Node, crosses: bool, world: set[Node] = world) -> Node:
-            asked = context if crosses and world is query else world
-            front.append((source, belongs(source, asked)))
+    def enter(node: Node, asked: set[Node]) -> None:
+        if asked is query and is_size(node):
+            value = trace.values[node]
+            plain = isinstance(value, int) and value not in token_counts
+            if plain and node not in query:
+                deferred.append(node)
+                return
+        elif asked is query and node not in data:
+            asked = context
+        front.append((node, asked))
+
+    def visit_sources(node: Node, world: set[Node]) -> None:
+        def visit(source: Node, crosses: bool) -> Node:
+            enter(source, context if crosses and world is query else world)
             return source
 
         map_sources(node, core.context_edges, visit)
+
+    front = [(output, query)]
+    while front or deferred:
+        if not front:
+            size = deferred.pop()
+            tensors = _tensors_behind(trace, flow, size)
+            in_context = tensors <= context and size not in query
+            front.append((size, context if in_context else query))
+        node, world = front.pop()
+        if node not in world:
+            world.add(node)
+            visit_sources(node, world)
     if core.output not in query:
         raise Refused("the attention does not lead to the block's output")
     return Worlds(stream, output, core, frozenset(query), frozenset(context))
