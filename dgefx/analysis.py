@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from dgefx.config import DGEConfig
@@ -106,7 +107,7 @@ def working_copy(model: nn.Module) -> nn.Module:
             f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
             f"copy so that a failure leaves the model as it was"
         ) from error
-    return copied.float().eval()
+    return copied.float().eval().requires_grad_(False)
 
 
 def install(
@@ -163,14 +164,8 @@ def analyse(
         costs = _price(work, plans, sites, call, config)
         install(work, plans, None, config)
         _verify_model(work, call, output)
-    images = next(t for t in _leaves(call)).shape[0]
+    images = next(t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor))
     return Analysis(work, call, images, sites, plans, costs, macs_dense, config)
-
-
-def _leaves(call: Call) -> list[torch.Tensor]:
-    import torch.utils._pytree as pytree
-
-    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
 
 
 def _require_finite(output: Any) -> None:

@@ -20,7 +20,7 @@ TEST_NAMES = ("val", "valid", "validation", "test")
 
 
 class Digits(Dataset[tuple[torch.Tensor, int]]):
-    """The 1797 hand-written digits that come with scikit-learn (8 x 8 pixels), framed and enlarged."""
+    """scikit-learn's 1797 hand-written digits (8 x 8 pixels), framed and enlarged."""
 
     def __init__(self, images: np.ndarray, targets: np.ndarray, size: int) -> None:
         pixels = (images * (255.0 / 16.0)).round().astype(np.uint8)

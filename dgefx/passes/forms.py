@@ -159,7 +159,7 @@ class FormFinder:
             outside = crosses or source not in self.worlds.query
             return self.base[source] if outside else values.get(source, self.base[source])
 
-        return map_sources(node, self.worlds.core.context_edges, pick)
+        return map_sources(node, self.worlds.edges, pick)
 
     def _stream_form(self) -> Form:
         order = self.layout.order

@@ -176,25 +176,26 @@ def _world_parts(
     trace: Trace,
     linear: fx.Node,
 ) -> dict[fx.Node, Part]:
-    """Every value in `world` that reads the projection, or nothing if one cannot be told."""
-    found: dict[fx.Node, Part] = {}
-    front, seen = [linear], {linear}
-    while front:
-        node = front.pop()
-        for user in node.users:
-            reads = _reads(user, node, worlds, world, is_context)
-            if not reads or isinstance(trace.values.get(user), (int, torch.Size)):
-                continue
-            if user in world and _moves(user, trace):
-                if user not in seen:
-                    seen.add(user)
-                    front.append(user)
-                continue
-            part = follower.part(node)
-            if part is None:
-                return {}
-            found[node] = part
-    return found
+    """The values in `world` through which the projection is read, or nothing if one cannot be told.
+
+    As far along the data movement as every reader can still be told its rows.
+    """
+
+    def resolve(node: fx.Node) -> dict[fx.Node, Part] | None:
+        readers = [
+            user
+            for user in node.users
+            if _reads(user, node, worlds, world, is_context)
+            and not isinstance(trace.values.get(user), (int, torch.Size))
+        ]
+        if all(user in world and _moves(user, trace) for user in readers):
+            deeper = [resolve(user) for user in readers]
+            if all(found is not None for found in deeper):
+                return {n: part for found in deeper if found for n, part in found.items()}
+        part = follower.part(node)
+        return None if part is None else {node: part}
+
+    return resolve(linear) or {}
 
 
 def _reads(

@@ -198,7 +198,7 @@ class _Splitter:
         if form is not None and form.mixes:
             return self._legalise(node, form)
         name = op_name(node, self.trace.root)
-        args, kwargs = map_sources(node, self.worlds.core.context_edges, self._operand)
+        args, kwargs = map_sources(node, self.worlds.edges, self._operand)
         if form is not None and form.kind != "free":
             if node.op != "call_module" and name in VIEWS:
                 args = self._patched_view(node, name, args, form)
@@ -416,7 +416,7 @@ class _Splitter:
                 unpool_value, (emitted, self.routing, source_form.axes, source_form.prefix)
             )
 
-        args, kwargs = map_sources(node, self.worlds.core.context_edges, dense)
+        args, kwargs = map_sources(node, self.worlds.edges, dense)
         result = self._create(node, args, kwargs)
         if form.kind == "free":
             if not isinstance(self.trace.values[node], Tensor):

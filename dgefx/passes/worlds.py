@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from dgefx.passes.cores import Core, find_cores, map_sources
+from dgefx.passes.ops import op_name
 from dgefx.passes.trace import Trace
 
 
@@ -34,6 +36,7 @@ class Worlds:
     stream: Node
     output: Node
     core: Core
+    edges: frozenset[tuple[Node, int | str]]  # arguments that are read from the context world
     query: frozenset[Node]
     context: frozenset[Node]
 
@@ -45,7 +48,7 @@ class Worlds:
             found.append((source, crosses or source not in self.query))
             return source
 
-        map_sources(node, self.core.context_edges, pick)
+        map_sources(node, self.edges, pick)
         return found
 
 
@@ -113,6 +116,9 @@ def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Wor
     if len(cores) != 1:
         raise Refused(f"{len(cores)} attentions in the traced block; one expected")
     (core,) = cores
+    # `q.type_as(v)` asks for a dtype, not for v of the queries
+    of_type = {(n, 1) for n in trace.graph.nodes if op_name(n, trace.root) == "type_as"}
+    edges: frozenset[tuple[Node, int | str]] = core.context_edges | of_type
     flow = block_flow(trace.graph)
     output = find_output(trace, flow, stream)
     data = _data_dependent(trace, flow, stream)
@@ -128,7 +134,9 @@ def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Wor
     def enter(node: Node, asked: set[Node]) -> None:
         if asked is query and is_size(node):
             value = trace.values[node]
-            plain = isinstance(value, int) and value not in token_counts
+            plain = isinstance(value, (torch.dtype, torch.device)) or (
+                isinstance(value, int) and value not in token_counts
+            )
             if plain and node not in query:
                 deferred.append(node)
                 return
@@ -141,7 +149,7 @@ def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Wor
             enter(source, context if crosses and world is query else world)
             return source
 
-        map_sources(node, core.context_edges, visit)
+        map_sources(node, edges, visit)
 
     front = [(output, query)]
     while front or deferred:
@@ -156,4 +164,4 @@ def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Wor
             visit_sources(node, world)
     if core.output not in query:
         raise Refused("the attention does not lead to the block's output")
-    return Worlds(stream, output, core, frozenset(query), frozenset(context))
+    return Worlds(stream, output, core, edges, frozenset(query), frozenset(context))
