@@ -23,7 +23,7 @@ from dgefx.passes.capture import Call, capture, record_calls
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
-from dgefx.passes.trace import TraceError
+from dgefx.passes.trace import TraceError, strip_user_hooks
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.worlds import Refused
 from dgefx.report import BlockReport, Report
@@ -99,7 +99,7 @@ def check_model(model: Any) -> None:
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """A float32 copy in eval mode."""
+    """A float32 copy in eval mode, without hooks or gradients."""
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -107,7 +107,7 @@ def working_copy(model: nn.Module) -> nn.Module:
             f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
             f"copy so that a failure leaves the model as it was"
         ) from error
-    return copied.float().eval().requires_grad_(False)
+    return strip_user_hooks(copied).float().eval().requires_grad_(False)
 
 
 def install(

@@ -105,15 +105,21 @@ def convert(
             convert (with the reason per block), or a model that is already converted. The model
             is unchanged then.
     """
-    analysis, value, chosen = _prepared(model, gamma, example_inputs, config, filter_fn)
     if calibration is not None and not hasattr(calibration, "__iter__"):
         raise TypeError(
             f"calibration must be an iterable of model inputs, found {type(calibration).__name__}"
         )
-    result = analysis.report(value, chosen)
-    target = model if inplace else copy.deepcopy(model)
+    analysis, value, chosen = _prepared(model, gamma, example_inputs, config, filter_fn)
+    return install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)
+
+
+def install_analysis(
+    target: nn.Module, analysis: Analysis, gamma: float, chosen: dict[str, Plan]
+) -> nn.Module:
+    """Rewrite `target` itself as analysed and keep the record of it."""
+    result = analysis.report(gamma, chosen)
     install(target, analysis.plans, chosen, analysis.config)
-    record = Record(analysis.config, value, result, describe_call(analysis.call))
+    record = Record(analysis.config, gamma, result, describe_call(analysis.call))
     setattr(target, RECORD, record)
     return target
 

@@ -6,6 +6,7 @@ every block the slots it had.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from dgefx.convert import RECORD, Record, conversion_record, convert, describe_call
+from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
+from dgefx.convert import conversion_record, install_analysis
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
 
@@ -103,21 +105,14 @@ def load(
 
         rebuilt = {k: build(v) for k, v in kwargs.items()}
         inputs = rebuilt if rebuilt and not args else tuple(build(a) for a in args)
-    model = convert(
-        dense_model,
-        1.0,
-        example_inputs=inputs,
-        config=config,
-        filter_fn=lambda _module, name: name in slots,
-    )
-    found = {n: m for n, m in model.named_modules() if isinstance(m, DGEBlock)}
-    if set(found) != set(slots):
+    analysis = analyse(dense_model, inputs, config, lambda _module, name: name in slots)
+    if set(analysis.plans) != set(slots):
         raise ValueError(
-            f"dense_model does not fit {path}: blocks {sorted(set(slots) ^ set(found))} are "
-            f"converted in only one of the two"
+            f"dense_model does not fit {path}: blocks {sorted(set(slots) ^ set(analysis.plans))} "
+            f"are converted in only one of the two"
         )
-    for name, block in found.items():
-        block.dge_router.plan = Plan(tuple(slots[name]))
+    chosen = {name: Plan(tuple(capacities)) for name, capacities in slots.items()}
+    model = install_analysis(copy.deepcopy(dense_model), analysis, content["gamma"], chosen)
     missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)
     if missing or unexpected:
         raise ValueError(

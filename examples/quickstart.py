@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, help="image folder (default: scikit-learn's digits)")
     add("--pretrained", action="store_true", help="let timm load its weights; only fit the head")
     add("--gamma", type=float, default=0.5, help="share of the MACs to keep (default: %(default)s)")
-    add("--epochs", type=int, help="training epochs (default: 4; with --data 20, or 3 for a head)")
+    add("--epochs", type=int, help="training epochs (default: 5; with --data 20, or 3 for a head)")
     add("--finetune-epochs", type=int, default=2, help="after conversion (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="(default: %(default)s)")
     add("--img-size", type=int, help="(default: 128 for the digits, else the model's own)")
@@ -150,7 +150,7 @@ def train_dense(
     smoothing = {"smoothing": 0.1}
     task = ClassificationTask(model, criterion_kwargs=smoothing, device=args.device, verbose=False)
     if not args.pretrained:
-        epochs = args.epochs if args.epochs is not None else (4 if args.data is None else 20)
+        epochs = args.epochs if args.epochs is not None else (5 if args.data is None else 20)
         run_epochs(task.train(), model, loader, epochs, 1e-3, "train")
     elif new_head:
         epochs = args.epochs if args.epochs is not None else 3

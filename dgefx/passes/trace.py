@@ -162,18 +162,23 @@ class Trace:
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer of the block
 
 
+def strip_user_hooks(model: nn.Module) -> nn.Module:
+    """Remove forward hooks from a copy, so that analysis never runs user code twice.
+
+    Those of torch itself (weight norm, spectral norm) compute parameters and stay.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                owner = hook if hasattr(hook, "__module__") else type(hook)
+                if not str(owner.__module__).startswith("torch."):
+                    del hooks[key]
+    return model
+
+
 def shadow(block: nn.Module) -> nn.Module:
-    """A copy to trace and try things on: no hooks, so that user code never sees a proxy."""
-    copied = copy.deepcopy(block)
-    for module in copied.modules():
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        ):
-            getattr(module, name).clear()
-    return copied
+    """A copy to trace and try things on."""
+    return strip_user_hooks(copy.deepcopy(block))
 
 
 def _childless(root: nn.Module) -> frozenset[nn.Module]:

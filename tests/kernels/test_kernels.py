@@ -1,0 +1,179 @@
+"""Kernels against naive float64 loops, shapes drawn by hypothesis."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dgefx.config import DGEConfig
+from dgefx.kernels.allocate import allocate_levels
+from dgefx.kernels.constants import gather_constant
+from dgefx.kernels.pool import pool
+from dgefx.kernels.routing import Routing
+from dgefx.kernels.stencil import island_conv, stencil_rows
+from dgefx.kernels.unpool import unpool, unpool_add
+from dgefx.nn.capacity import plans
+from dgefx.nn.router import Router
+
+CASES = st.fixed_dictionaries(
+    {
+        "height": st.integers(1, 12),
+        "width": st.integers(1, 12),
+        "prefix": st.integers(0, 2),
+        "sides": st.sampled_from([(1,), (1, 2), (1, 2, 4), (1, 3), (1, 4)]),
+        "factor": st.sampled_from([1, 2]),
+        "count": st.integers(1, 3),
+        "seed": st.integers(0, 999),
+    }
+)
+
+
+def members(routing: Routing, image: int) -> list[list[int]]:
+    """Tokens of every patch of one image, by walking regions and patches; the naive reference."""
+    height, width = routing.grid
+    region = routing.region
+    found = []
+    for level, side in enumerate(routing.granularities):
+        index = 0
+        for top in range(0, height, region):
+            for left in range(0, width, region):
+                if int(routing.levels[image, index]) == level:
+                    bottom, right = min(top + region, height), min(left + region, width)
+                    for y in range(top, bottom, side):
+                        for x in range(left, right, side):
+                            found.append(
+                                [
+                                    i * width + j
+                                    for i in range(y, min(y + side, bottom))
+                                    for j in range(x, min(x + side, right))
+                                ]
+                            )
+                index += 1
+    return found
+
+
+def draw(case: dict, channels: int = 3) -> tuple[Tensor, Routing, Router]:
+    torch.manual_seed(case["seed"])
+    grid = (case["height"], case["width"])
+    config = DGEConfig(granularities=case["sides"], region=case["sides"][-1] * case["factor"])
+    router = Router(config, grid, case["prefix"], channels, plans(grid, config)[-1])
+    tokens = torch.randn(
+        case["count"], case["prefix"] + grid[0] * grid[1], channels, dtype=torch.float64
+    )
+    regions = router.region_cost_0.shape[0]
+    levels = torch.randint(0, len(case["sides"]), (case["count"], regions))
+    return tokens, router.routing_for(tokens, levels), router
+
+
+@settings(max_examples=60, deadline=None)
+@given(CASES)
+def test_pool_and_unpool(case: dict) -> None:
+    tokens, routing, _ = draw(case)
+    prefix = case["prefix"]
+    queries = pool(tokens, routing)
+    back = unpool(queries, routing)
+    for image in range(case["count"]):
+        assert torch.equal(queries[image, :prefix], tokens[image, :prefix])
+        patches = members(routing, image)
+        assert sorted(t for patch in patches for t in patch) == list(
+            range(routing.grid[0] * routing.grid[1])
+        )
+        for patch in patches:
+            mean = tokens[image, [prefix + t for t in patch]].mean(0)
+            for token in patch:
+                slot = prefix + int(routing.token_slot[image, token])
+                assert torch.allclose(queries[image, slot], mean)
+                assert torch.equal(back[image, prefix + token], queries[image, slot])
+
+
+@settings(max_examples=30, deadline=None)
+@given(CASES)
+def test_unpool_add_ignores_padding_slots(case: dict) -> None:
+    tokens, routing, _ = draw(case)
+    queries = pool(tokens, routing)
+    updated = torch.randn_like(queries)
+    used = torch.zeros(queries.shape[:2], dtype=torch.bool)
+    used[:, : case["prefix"]] = True
+    used.scatter_(1, routing.token_slot + case["prefix"], True)
+    poisoned = updated.masked_fill(~used.unsqueeze(-1), float("nan"))
+    found = unpool_add(tokens, queries, poisoned, routing)
+    assert torch.allclose(found, tokens + unpool(updated - queries, routing))
+
+
+@settings(max_examples=40, deadline=None)
+@given(CASES, st.sampled_from([3, 5]))
+def test_stencil_equals_convolution(case: dict, kernel: int) -> None:
+    _, routing, _ = draw({**case, "prefix": 0}, channels=4)
+    slots = sum(routing.capacities)
+    hidden = torch.randn(case["count"], slots, 4, dtype=torch.float64)
+    weight = torch.randn(4, 1, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64)
+    dense = unpool(hidden, routing._replace(prefix=0)).transpose(1, 2).unflatten(2, routing.grid)
+    convolved = torch.nn.functional.conv2d(dense, weight, bias, padding=kernel // 2, groups=4)
+    convolved = convolved.flatten(2).transpose(1, 2)
+    stencil = stencil_rows(hidden, weight, bias, routing)
+    island = island_conv(hidden.transpose(1, 2).unsqueeze(-1), weight, bias, routing)
+    for image in range(case["count"]):
+        for patch in members(routing, image):
+            slot = int(routing.token_slot[image, patch[0]])
+            mean = convolved[image, patch].mean(0)
+            assert torch.allclose(stencil[image, slot], mean)
+            assert torch.allclose(island[image, :, slot, 0], mean)
+
+
+@settings(max_examples=40, deadline=None)
+@given(CASES, st.booleans())
+def test_gather_constant(case: dict, with_prefix: bool) -> None:
+    _, routing, _ = draw(case)
+    prefix, count = case["prefix"], case["count"]
+    extra = prefix if with_prefix else 0
+    grid_tokens = routing.grid[0] * routing.grid[1]
+    table = torch.randn(1, 2, extra + grid_tokens, 5, dtype=torch.float64)
+    found = gather_constant(table, routing, 4, 0, (2,), with_prefix)
+    assert found.shape == (count, 2, extra + sum(routing.capacities), 5)
+    for image in range(count):
+        assert torch.equal(found[image, :, :extra], table[0, :, :extra])
+        for patch in members(routing, image):
+            slot = extra + int(routing.token_slot[image, patch[0]])
+            mean = table[0][:, [extra + t for t in patch]].mean(1)
+            assert torch.allclose(found[image, :, slot], mean)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CASES, st.floats(0, 1))
+def test_router_fills_its_slots_and_never_more(case: dict, where: float) -> None:
+    tokens, _, router = draw(case)
+    choices = plans(router.grid, router.config)
+    router.plan = choices[round(where * (len(choices) - 1))]
+    routing = router(tokens, router.grid)
+    assert routing.capacities == router.plan.capacities
+    again = router.routing_for(tokens, routing.levels)
+    for needed, capacity in zip(again.capacities, routing.capacities, strict=True):
+        assert needed <= capacity
+    # every token is served by a patch that holds it
+    queries, back = pool(tokens, routing), pool(tokens, again)
+    assert torch.allclose(unpool(queries, routing), unpool(back, again))
+
+
+def test_detail_wins_the_slots() -> None:
+    """One detailed region among flat ones becomes fine; ranks follow the within-patch variance."""
+    config = DGEConfig()
+    choices = plans((16, 16), config)
+    plan = next(p for p in choices if p.capacities[0] == 16)
+    router = Router(config, (16, 16), 0, 4, plan)
+    x = torch.zeros(2, 16, 16, 4)
+    x[0, 4:8, 8:12] = torch.randn(4, 4, 4)
+    x[1, 12:16, 0:4] = torch.randn(4, 4, 4)
+    levels = router(x.flatten(1, 2), (16, 16)).levels
+    assert (levels[0] == 0).nonzero().flatten().tolist() == [6]
+    assert (levels[1] == 0).nonzero().flatten().tolist() == [12]
+
+
+def test_allocate_respects_clipped_costs() -> None:
+    gains = torch.tensor([[[5.0], [4.0], [3.0], [2.0]]])
+    costs = [torch.tensor([16, 8, 16, 4]), torch.tensor([1, 1, 1, 1])]
+    levels = allocate_levels(gains, costs, (20, 4), (None, None))
+    # the best fits, the second (8) no longer does, the last (4) fills what is left
+    assert levels.tolist() == [[0, 1, 1, 0]]
