@@ -78,18 +78,16 @@ def allocate_levels(
 def assign_slots(
     levels: Tensor,
     patch_region: Sequence[Tensor],
-    patch_local: Sequence[Tensor],
     token_patch: Sequence[Tensor],
-    costs: Sequence[Tensor],
     capacities: Sequence[int],
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Number the chosen patches.
+    """Number the chosen patches, level by level, in raster order (so that at the finest level the
+    queries are the tokens, in their order).
 
     Args:
         levels: (B, R).
-        patch_region, patch_local: per level (P,).
+        patch_region: per level (P,).
         token_patch: per level (N,).
-        costs: per level (R,).
         capacities: per level, slots.
 
     Returns:
@@ -104,13 +102,10 @@ def assign_slots(
         if not capacity:
             patches.append(None)
             continue
-        chosen = levels == level
-        spent = torch.where(chosen, costs[level], 0)
-        start = spent.cumsum(1) - spent  # (B, R) first slot of every chosen region
-        region, local = patch_region[level], patch_local[level]
-        slot = start[:, region] + local
-        target = torch.where(chosen[:, region], slot, capacity)
-        ids = torch.arange(region.shape[0], device=levels.device).expand_as(target)
+        chosen = (levels == level)[:, patch_region[level]]  # (B, P)
+        slot = chosen.long().cumsum(1) - 1
+        target = torch.where(chosen, slot, capacity)
+        ids = torch.arange(target.shape[1], device=levels.device).expand_as(target)
         table = torch.zeros(
             (levels.shape[0], capacity + 1), dtype=torch.int64, device=levels.device
         )
@@ -119,8 +114,7 @@ def assign_slots(
         if token_slot is None:
             token_slot = of_token
         else:
-            token_chosen = chosen[:, region[token_patch[level]]]
-            token_slot = torch.where(token_chosen, of_token, token_slot)
+            token_slot = torch.where(chosen[:, token_patch[level]], of_token, token_slot)
         offset += capacity
     assert token_slot is not None
     return tuple(patches), token_slot

@@ -6,6 +6,7 @@ measured by `dgefx.passes.cost`; a converted block's cost is linear in its slots
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -92,6 +93,8 @@ def solve(costs: Mapping[str, BlockCost], dense: float, gamma: float) -> dict[st
     _top_up(costs, rest, limit, chosen, list(groups.values()))
     if limit - _total(costs, rest, chosen) > SLACK * dense:
         _top_up(costs, rest, limit, chosen, [[name] for name in costs])
+    if limit - _total(costs, rest, chosen) > SLACK * dense:
+        _fill(costs, rest, limit, dense, chosen)
     return {name: cost.plans[chosen[name]] for name, cost in costs.items()}
 
 
@@ -120,3 +123,34 @@ def _top_up(
         for name in group:
             chosen[name] = index + 1
         spent += step
+
+
+def _fill(
+    costs: Mapping[str, BlockCost], rest: float, limit: float, dense: float, chosen: dict[str, int]
+) -> None:
+    """The combination of plans that spends most of the budget (a knapsack), finest first.
+
+    For blocks with few plans (one granularity per layer), where raising one at a time gets stuck.
+    """
+    unit = dense / 4000
+    reachable: dict[int, tuple[int, ...]] = {0: ()}
+    names = list(costs)
+    for name in names:
+        following: dict[int, tuple[int, ...]] = {}
+        for spent, picks in reachable.items():
+            for index in reversed(range(len(costs[name].plans))):
+                total = spent + math.ceil(costs[name].macs(costs[name].plans[index]) / unit)
+                if total * unit <= limit - rest:
+                    following.setdefault(total, (*picks, index))
+        reachable = following
+    if not reachable:
+        return
+    picks = list(reachable[max(reachable)])
+    if _total(costs, rest, dict(zip(names, picks, strict=True))) <= _total(costs, rest, chosen):
+        return
+    for cost in set(costs.values()):
+        # among equal blocks the early ones matter most
+        places = [i for i, name in enumerate(names) if costs[name] == cost]
+        for place, index in zip(places, sorted((picks[p] for p in places), reverse=True), strict=True):
+            picks[place] = index
+    chosen.update(zip(names, picks, strict=True))

@@ -19,7 +19,6 @@ class LevelTables(NamedTuple):
 
     token_patch: Tensor  # (N,) patch of every token
     patch_region: Tensor  # (P,) region of every patch
-    patch_local: Tensor  # (P,) index of the patch inside its region, raster order
     patch_tokens: Tensor  # (P,) tokens in every (possibly clipped) patch
     region_cost: Tensor  # (R,) patches in every region
 
@@ -68,14 +67,12 @@ def level_tables(
     # patches per region along each axis: fewer in a clipped region
     region_rows = _axis_patch_sizes(rows, per_region, device)
     region_cols = _axis_patch_sizes(columns, per_region, device)
-    patch_local = (row % per_region) * region_cols[column // per_region] + column % per_region
     tokens = _axis_patch_sizes(height, side, device)[:, None] * _axis_patch_sizes(
         width, side, device
     )
     return LevelTables(
         token_patch.reshape(-1),
         patch_region.reshape(-1),
-        patch_local.reshape(-1),
         tokens.reshape(-1),
         (region_rows[:, None] * region_cols).reshape(-1),
     )

@@ -180,9 +180,7 @@ class Router(nn.Module):
         patches, token_slot = assign_slots(
             levels,
             [t.patch_region for t in tables],
-            [t.patch_local for t in tables],
             [t.token_patch for t in tables],
-            [t.region_cost for t in tables],
             plan.capacities,
         )
         means = [tokens[:, :0]]

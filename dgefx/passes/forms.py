@@ -16,11 +16,13 @@ from torch import Tensor, fx, nn
 
 from dgefx.passes.cores import map_sources
 from dgefx.passes.grid import Layout
+from dgefx.passes.ops import op_name
 from dgefx.passes.trace import Trace, run_node
 from dgefx.passes.worlds import Refused, Worlds
 
 #: relative size of a change that counts; float32 noise of unaffected rows is below 1e-6
 _TOLERANCE = 1e-5
+_UNINITIALISED = frozenset({"new_empty", "empty_like", "empty"})
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class FormFinder:
     def _execute(self, node: fx.Node, args: Any, kwargs: Any, index: int) -> Any:
         if self.trace.root.training:
             torch.manual_seed(index)  # dropout draws the same mask in every run
+        if node.op == "call_method" and str(node.target).endswith("_"):
+            args = (args[0].clone(), *args[1:])  # the fill of a fresh tensor
         return run_node(node, self.trace.root, args, kwargs)
 
     def _run_base(self, inputs: dict[fx.Node, Any]) -> None:
@@ -175,6 +179,8 @@ class FormFinder:
         moved: list[dict[fx.Node, Any]],
         forms: dict[fx.Node, Form],
     ) -> Form:
+        if op_name(node, self.trace.root) in _UNINITIALISED:
+            return Form("free")
         masks = [_changed(value, values[node]) for values in moved]
         if not any(bool(mask.any()) for mask in masks):
             return Form("free", batch=_batch_axis(masks, self.probes))

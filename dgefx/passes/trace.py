@@ -151,6 +151,36 @@ def run_node(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
     raise TraceError(f"cannot execute {node.op} node {node}")
 
 
+_FUNCTIONAL = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+#: fill a tensor that was just made: nothing else can hold its old value
+_FILLS = frozenset("bernoulli_ uniform_ normal_ fill_ zero_ copy_ random_ exponential_".split())
+
+
+def _functionalise(graph: fx.Graph) -> None:
+    """`x += y` becomes `x + y`: a value is shared by two worlds, so nothing may change it.
+
+    Whatever read the changed value later reads the new one.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _FUNCTIONAL:
+            node.target = _FUNCTIONAL[node.target]
+        elif node.op == "call_method" and node.target.endswith("_") and node.target not in _FILLS:
+            plain = node.target.rstrip("_")
+            if node.target.startswith("_") or not hasattr(Tensor, plain):
+                continue
+            node.target = plain
+        else:
+            continue
+        changed = node.args[0]
+        if isinstance(changed, fx.Node):
+            changed.replace_all_uses_with(node, lambda user, node=node: user > node)
+
+
 @dataclass
 class Trace:
     """A block's own graph. `root` is a copy of the block (without hooks) that it runs on."""
@@ -205,6 +235,7 @@ def trace(block: nn.Module, spec: CallSpec, training: bool) -> Trace:
         except Exception as found:  # any user code may raise anything while traced
             error = error or found
             continue
+        _functionalise(graph)
         names = {n for n, _ in root.named_parameters(remove_duplicate=False)}
         names |= {n for n, _ in root.named_buffers(remove_duplicate=False)}
         constants = {}
