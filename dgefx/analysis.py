@@ -174,8 +174,8 @@ def _require_finite(output: Any) -> None:
         raise ValueError("the model returns no floating point tensor that could be verified")
     if not all(bool(torch.isfinite(t).all()) for t in tensors):
         raise ValueError(
-            "the dense model yields NaN or infinity on the example input, so a conversion could not "
-            "be verified; pass other example_inputs or mend the model"
+            "the dense model yields NaN or infinity on the example input, so a conversion could "
+            "not be verified; pass other example_inputs or mend the model"
         )
 
 

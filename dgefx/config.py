@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 from typing import Any, Literal
 
 VERSION = 1
@@ -53,12 +54,15 @@ class DGEConfig:
             raise TypeError(f"granularities must be a tuple of patch sides, found {sides!r}")
         sides = tuple(sides)
         if not sides or any(isinstance(s, bool) or not isinstance(s, int) for s in sides):
-            raise TypeError(f"granularities must be integers (patch sides in tokens), found {sides!r}")
+            raise TypeError(
+                f"granularities must be integers (patch sides in tokens), found {sides!r}"
+            )
         if sides[0] != 1:
             raise ValueError(
-                f"granularities must start with 1 (the dense model is the finest level), found {sides!r}"
+                f"granularities must start with 1 (the finest level is the dense model), "
+                f"found {sides!r}"
             )
-        for fine, coarse in zip(sides, sides[1:], strict=False):
+        for fine, coarse in pairwise(sides):
             if coarse <= fine or coarse % fine:
                 raise ValueError(
                     f"granularities must grow and each must divide the next, found {fine} then "
@@ -78,7 +82,9 @@ class DGEConfig:
             )
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {allowed}, found {getattr(self, field)!r}")
+                raise ValueError(
+                    f"{field} must be one of {allowed}, found {getattr(self, field)!r}"
+                )
         object.__setattr__(self, "granularities", sides)
         object.__setattr__(self, "region", region)
 
@@ -103,10 +109,12 @@ class DGEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DGEConfig:
-        """The inverse of `to_dict`; raises ValueError on a field that this version does not know."""
+        """The inverse of `to_dict`; raises ValueError on a field this version does not know."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"DGEConfig does not know the fields {unknown}; it has {sorted(known)}")
+            raise ValueError(
+                f"DGEConfig does not know the fields {unknown}; it has {sorted(known)}"
+            )
         values = dict(values)
         if isinstance(values.get("granularities"), list):
             values["granularities"] = tuple(values["granularities"])

@@ -53,7 +53,9 @@ def _check_config(config: Any) -> DGEConfig:
 
 def _check_filter(filter_fn: Any) -> None:
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be callable as (module, name) -> bool, found {filter_fn!r}")
+        raise TypeError(
+            f"filter_fn must be callable as (module, name) -> bool, found {filter_fn!r}"
+        )
 
 
 def _prepared(

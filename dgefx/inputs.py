@@ -54,7 +54,7 @@ def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
 def _channels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            return module.in_channels * (1 if module.groups == 1 else 1)
+            return module.in_channels
     return 3
 
 

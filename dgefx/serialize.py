@@ -69,9 +69,7 @@ def _rebuild(described: Any) -> Any:
     )
 
 
-def load(
-    folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = None
-) -> nn.Module:
+def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     """Read what `save` wrote.
 
     Args:

@@ -316,7 +316,7 @@ def test_a_model_that_changes_from_call_to_call_is_refused(dense: nn.Module) -> 
             return x * self.calls
 
     dense.blocks[1].mlp = nn.Sequential(dense.blocks[1].mlp, Counting())
-    with pytest.raises(ValueError, match="whole model .* differs"):
+    with pytest.raises(ValueError, match=r"whole model .* differs"):
         dgefx.convert(dense, 0.9, example_inputs=X)
 
 

@@ -31,7 +31,11 @@ def _models() -> dict[str, nn.Module]:
 @pytest.mark.parametrize(
     ("name", "gamma", "routing"),
     [
-        *((name, gamma, "region") for name in ("vit", "pvt", "hf vit") for gamma in (0.4, 0.5, 0.7)),
+        *(
+            (name, gamma, "region")
+            for name in ("vit", "pvt", "hf vit")
+            for gamma in (0.4, 0.5, 0.7)
+        ),
         # with one granularity per layer only few ratios exist; many layers come close to any
         ("vit", 0.5, "layer"),
         ("pvt", 0.5, "layer"),
@@ -55,9 +59,9 @@ def test_ratio_in_band(name: str, gamma: float, routing: str) -> None:
 def test_floor_is_reachable_and_named() -> None:
     model, x = TinyViT(dim=32), images(2, 64)
     floor = dgefx.explain(model, 1.0, example_inputs=x).floor
-    assert dgefx.report(dgefx.convert(model, floor + 1e-6, example_inputs=x)).ratio == pytest.approx(
-        floor, abs=1e-3
-    )
+    assert dgefx.report(
+        dgefx.convert(model, floor + 1e-6, example_inputs=x)
+    ).ratio == pytest.approx(floor, abs=1e-3)
     with pytest.raises(ValueError, match=f"floor of {floor:.3f}.*coarsest"):
         dgefx.convert(model, floor - 0.01, example_inputs=x)
 
@@ -81,9 +85,7 @@ def test_linear_gate_size_is_the_papers() -> None:
 
 def test_linear_gate_starts_at_the_finest_level() -> None:
     x = images(2, 64)
-    model = dgefx.convert(
-        TinyViT(), 0.7, example_inputs=x, config=dgefx.DGEConfig(router="linear")
-    )
+    model = dgefx.convert(TinyViT(), 0.7, example_inputs=x, config=dgefx.DGEConfig(router="linear"))
     for block in model.blocks:
         probability = block.dge_router.gate.bias.softmax(0)
         assert probability[0].item() == pytest.approx(0.95, abs=1e-3)

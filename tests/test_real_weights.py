@@ -31,7 +31,10 @@ def test_deit_tiny_predicts_the_same_for_every_image() -> None:
     dense.load_state_dict(load_file(WEIGHTS))
     converted = dgefx.convert(dense, 1.0)
     transform = timm.data.create_transform(
-        224, crop_pct=1.0, interpolation="bicubic", mean=(0.485, 0.456, 0.406),
+        224,
+        crop_pct=1.0,
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     )
     files = sorted((DATA / "imagenette160" / "val").glob("*/*.jpg"))

@@ -63,7 +63,9 @@ def gather_constant(
     value = value.movedim((batch, token), (0, 1))
     rest = value.shape[2:]
     table = value.flatten(2) if rest else value.unsqueeze(-1)
-    head, body = (table[:, : routing.prefix], table[:, routing.prefix :]) if prefix else (None, table)
+    head, body = (
+        (table[:, : routing.prefix], table[:, routing.prefix :]) if prefix else (None, table)
+    )
     hierarchy = _hierarchy_rows(body, routing)
     index = _patch_rows(routing)
     if table.shape[0] == 1:

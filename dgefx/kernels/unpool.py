@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgefx.kernels.rows import gather_rows
 from dgefx.kernels.routing import Routing
+from dgefx.kernels.rows import gather_rows
 
 
 def _token_rows(routing: Routing) -> Tensor:

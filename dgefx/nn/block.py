@@ -61,9 +61,7 @@ class GraphCode:
         code = graph.python_code("self")
         self.label = label
         self.source = code.src
-        self.names = {
-            name: value for name, value in code.globals.items() if f"{name}" in code.src
-        }
+        self.names = {name: value for name, value in code.globals.items() if f"{name}" in code.src}
         self._compile()
 
     def _compile(self) -> None:
@@ -77,7 +75,9 @@ class GraphCode:
         state = self.__dict__.copy()
         state.pop("run")
         state["names"] = {
-            name: ("module", value.__name__) if type(value).__name__ == "module" else ("object", value)
+            name: ("module", value.__name__)
+            if type(value).__name__ == "module"
+            else ("object", value)
             for name, value in self.names.items()
         }
         return state

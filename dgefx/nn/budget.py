@@ -39,13 +39,9 @@ def _total(costs: Mapping[str, BlockCost], rest: float, chosen: Mapping[str, int
 
 
 def _choose(cost: BlockCost, share: float) -> int:
-    """Index of the largest plan whose slots stay within `share` of the finest plan's."""
-    limit = share * cost.plans[-1].slots
-    best = 0
-    for index, plan in enumerate(cost.plans):
-        if plan.slots <= limit:
-            best = index
-    return best
+    """Index of the plan whose slots come closest to `share` of the finest plan's."""
+    wanted = share * cost.plans[-1].slots
+    return min(range(len(cost.plans)), key=lambda i: abs(cost.plans[i].slots - wanted))
 
 
 def floor_ratio(costs: Mapping[str, BlockCost], dense: float) -> float:
@@ -145,12 +141,14 @@ def _fill(
         reachable = following
     if not reachable:
         return
-    picks = list(reachable[max(reachable)])
-    if _total(costs, rest, dict(zip(names, picks, strict=True))) <= _total(costs, rest, chosen):
+    best = list(reachable[max(reachable)])
+    if _total(costs, rest, dict(zip(names, best, strict=True))) <= _total(costs, rest, chosen):
         return
     for cost in set(costs.values()):
         # among equal blocks the early ones matter most
         places = [i for i, name in enumerate(names) if costs[name] == cost]
-        for place, index in zip(places, sorted((picks[p] for p in places), reverse=True), strict=True):
-            picks[place] = index
-    chosen.update(zip(names, picks, strict=True))
+        for place, index in zip(
+            places, sorted((best[p] for p in places), reverse=True), strict=True
+        ):
+            best[place] = index
+    chosen.update(zip(names, best, strict=True))

@@ -49,7 +49,9 @@ class CallSpec:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         names = tuple(
-            p.name for p in parameters if p.kind in plain or p.kind == inspect.Parameter.KEYWORD_ONLY
+            p.name
+            for p in parameters
+            if p.kind in plain or p.kind == inspect.Parameter.KEYWORD_ONLY
         )
         defaults = {
             p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty
@@ -68,9 +70,7 @@ class CallSpec:
 
     def without_example(self) -> CallSpec:
         """The same spec without the example's tensors."""
-        return CallSpec(
-            self.names, self.defaults, self.accepts_extra, self.inputs, self.fixed, {}
-        )
+        return CallSpec(self.names, self.defaults, self.accepts_extra, self.inputs, self.fixed, {})
 
     def input_names(self) -> list[str]:
         """A placeholder name per graph input."""
@@ -87,7 +87,7 @@ class CallSpec:
             values[name] = value
         values.update(kwargs)
         for path, wanted in self.fixed:
-            found = values.get(path[0])
+            found: Any = values.get(path[0])
             for key in path[1:]:
                 found = found[key]
             if isinstance(found, Tensor) or found != wanted:

@@ -32,9 +32,7 @@ def region_count(grid: tuple[int, int], region: int) -> int:
     return rows * columns
 
 
-def _last_capacity(
-    grid: tuple[int, int], config: DGEConfig, upper: list[int]
-) -> int:
+def _last_capacity(grid: tuple[int, int], config: DGEConfig, upper: list[int]) -> int:
     """Slots of the coarsest level that hold every region the finer levels may leave over."""
     regions = region_count(grid, config.region_side)
     left = regions
@@ -109,7 +107,7 @@ def _mixture(costs: list[float], mean: float) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=256)
 def plans(grid: tuple[int, int], config: DGEConfig) -> tuple[Plan, ...]:
-    """All splits of a block on `grid`, by rising number of slots; first all coarse, last all fine."""
+    """All splits of a block on `grid` by rising number of slots, all coarse to all fine."""
     levels = config.levels
     pure = [
         plan_from_fractions(grid, config, tuple(float(i == level) for i in range(levels)))

@@ -151,8 +151,10 @@ class Router(nn.Module):
         ):
             price = (fine_table.region_cost - coarse_table.region_cost).clamp(min=1)
             gains.append((fine - coarse) / price)
-        return torch.stack(gains, -1) if gains else sums[0].new_zeros(
-            sums[0].shape[0], tables[0].region_cost.shape[0], 0
+        return (
+            torch.stack(gains, -1)
+            if gains
+            else sums[0].new_zeros(sums[0].shape[0], tables[0].region_cost.shape[0], 0)
         )
 
     def _gate_logits(

@@ -40,9 +40,7 @@ def count_macs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return int(counter.get_total_flops()) // 2
 
 
-def block_cost(
-    dense: nn.Module, converted: DGEBlock, call: Call, config: DGEConfig
-) -> BlockCost:
+def block_cost(dense: nn.Module, converted: DGEBlock, call: Call, config: DGEConfig) -> BlockCost:
     """Cost of a block dense, at its finest and at its coarsest plan.
 
     Args:

@@ -52,7 +52,7 @@ class _Probe:
 
 
 def randomise_constants(module: nn.Module) -> None:
-    """Give parameters that are constant (zeros, ones, layer scales of 1e-6) random values, in place.
+    """Add noise, in place, to parameters that are constant (zeros, ones, layer scales of 1e-6).
 
     They would hide from the oracle, and from verification, what they multiply.
     """
@@ -107,9 +107,7 @@ class FormFinder:
         generator = torch.Generator().manual_seed(1)
         example: Tensor = self.trace.values[stream]
         noise = torch.randn(example.shape, generator=generator).to(example)
-        inputs = {
-            n: self.trace.values[n] for n in self.trace.graph.nodes if n.op == "placeholder"
-        }
+        inputs = {n: self.trace.values[n] for n in self.trace.graph.nodes if n.op == "placeholder"}
         inputs[stream] = noise
         randomise_constants(self.trace.root)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -186,7 +184,9 @@ class FormFinder:
             return Form("free", batch=_batch_axis(masks, self.probes))
         batch = _batch_axis(masks, self.probes)
         for form in self._candidates(value, batch):
-            if all(_only_at(m, self._place(form, p)) for m, p in zip(masks, self.probes, strict=True)):
+            if all(
+                _only_at(m, self._place(form, p)) for m, p in zip(masks, self.probes, strict=True)
+            ):
                 return form
         return self._confine(node, value, moved, forms)
 

@@ -8,6 +8,7 @@ numbers. Tokens that carry no number are prefix tokens (class, distillation, reg
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class GridFinder:
         """Run the movement itself on the numbers; tensors without numbers count as prefix (-1)."""
         origin: list[_Numbers] = []
 
-        def numbers_of(source: Node) -> object:
+        def numbers_of(source: Node) -> Any:
             found = self._found.get(source)
             if found is not None:
                 origin.append(found)
@@ -165,7 +166,9 @@ class GridFinder:
         if ids.dim() == 4:
             return _grid_layout(ids, numbers)
         if ids.dim() != 3:
-            return f"the stream has {ids.dim()} axes; (B, N, C), (B, H, W, C) or (B, C, H, W) needed"
+            return (
+                f"the stream has {ids.dim()} axes; (B, N, C), (B, H, W, C) or (B, C, H, W) needed"
+            )
         moving = [axis for axis in range(3) if _varies(ids, axis)]
         if len(moving) != 1:
             return "tokens do not lie along one axis of the stream"
@@ -190,9 +193,7 @@ ELEMENTWISE_PAIRS = frozenset("add sub mul div where type_as lerp addcmul maximu
 
 
 def _varies(ids: Tensor, axis: int) -> bool:
-    return ids.shape[axis] > 1 and not torch.equal(
-        ids, ids.narrow(axis, 0, 1).expand_as(ids)
-    )
+    return ids.shape[axis] > 1 and not torch.equal(ids, ids.narrow(axis, 0, 1).expand_as(ids))
 
 
 def _grid_layout(ids: Tensor, numbers: _Numbers) -> Layout | str:

@@ -57,9 +57,7 @@ class _Residuals:
         self.order = order
         alive = nx.ancestors(self.digraph, _SINK) | {_SINK}
         self.alive = alive
-        self.post = nx.immediate_dominators(
-            self.digraph.subgraph(alive).reverse(copy=False), _SINK
-        )
+        self.post = nx.immediate_dominators(self.digraph.subgraph(alive).reverse(copy=False), _SINK)
 
     def descends(self, node: Node, ancestor: Node) -> bool:
         """Whether `node` is computed from `ancestor` (or is it)."""
@@ -174,33 +172,34 @@ def _owner(
     return "no module takes the residual stream and returns it updated"
 
 
-def _query_reason(core: Core, stream: Node, layout: Layout, batch: int) -> str | None:
-    """Why the core's queries are not the stream's tokens, or None."""
-    query, key = core.query.meta["shape"], core.key.meta["shape"]
-    grid = layout.grid[0] * layout.grid[1]
-    if core.kind == "multi_head_attention_forward":
-        count, rows = query[0], query[1]
-    else:
-        count, rows = query[-2], query[0]
-    if rows > batch and rows % batch == 0 and count < grid and len(query) >= 3:
-        if core.kind != "matmul-softmax-matmul" or len(query) > 3 or count * rows == batch * grid:
-            return (
-                f"windowed attention ({rows // batch} windows of {count} tokens per image); "
-                f"windows are not converted yet"
-            )
-    if len(query) == 5 and count < grid:
-        return f"windowed attention (windows of {count} tokens); windows are not converted yet"
-    if count not in (grid, layout.tokens):
-        if len(key) >= 2 and key[-1] in (grid, layout.tokens) and query[-1] in (
-            grid,
-            layout.tokens,
-        ):
-            return "channel attention: queries are channels, not tokens"
+def _window_reason(core: Core, batch: int) -> str | None:
+    """Whether the core's queries come in several groups per image."""
+    query = core.query.meta["shape"]
+    count = query[-2]
+    if core.kind == "multi_head_attention_forward" or len(query) < 4:
+        return None
+    groups = query[0] // batch if len(query) == 4 else query[0] * query[1] // batch
+    if groups > 1 and (len(query) == 4 or query[0] % batch == 0):
         return (
-            f"{count} queries against {layout.tokens} tokens: class or pooling attention, or a "
-            f"query path that changes the grid"
+            f"windowed attention ({groups} windows of {count} tokens per image); windows are not "
+            f"converted yet"
         )
     return None
+
+
+def _query_reason(core: Core, layout: Layout) -> str | None:
+    """Why the core's queries are not the stream's tokens, or None."""
+    query, key = core.query.meta["shape"], core.key.meta["shape"]
+    whole = (layout.grid[0] * layout.grid[1], layout.tokens)
+    count = query[0] if core.kind == "multi_head_attention_forward" else query[-2]
+    if count in whole:
+        return None
+    if key[-1] in whole and query[-1] in whole:
+        return "channel attention: queries are channels, not tokens"
+    return (
+        f"{count} queries against {layout.tokens} tokens: class or pooling attention, or a query "
+        f"path that changes the grid"
+    )
 
 
 def locate(capture: Capture) -> list[Site]:
@@ -228,6 +227,7 @@ def locate(capture: Capture) -> list[Site]:
         for part, label in ((core.key, "keys"), (core.value, "values")):
             if not residuals.descends(part, stream):
                 site.reason = f"its {label} do not come from the stream of its queries"
+        site.reason = site.reason or _window_reason(core, batch)
         owner = _owner(graph, core, stream, add, capture)
         if isinstance(owner, str):
             site.reason = site.reason or owner
@@ -238,7 +238,7 @@ def locate(capture: Capture) -> list[Site]:
             site.reason = site.reason or layout
             continue
         site.layout = layout
-        site.reason = site.reason or _query_reason(core, site.stream, layout, batch)
+        site.reason = site.reason or _query_reason(core, layout)
         if site.reason is None and layout.grid[0] * layout.grid[1] < 4:
             site.reason = f"a grid of {layout.grid[0]} x {layout.grid[1]} has nothing to pool"
     _refuse_shared_blocks(sites)

@@ -31,7 +31,13 @@ _ALIASES = {
 }
 
 _REFLECTED = {"radd": "add", "rmul": "mul", "rsub": "sub", "rtruediv": "div", "rmatmul": "matmul"}
-_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv"}
+_IN_PLACE = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "ifloordiv": "floordiv",
+}
 
 #: pure data movement: every output element is one input element
 MOVEMENT = frozenset(

@@ -66,7 +66,9 @@ class _Follower:
         self.count = shape[-1]
         positions = torch.arange(shape[:-1].numel()).view(*shape[:-1], 1)
         self.rows_per_image = positions.numel() // shape[0]
-        self.numbers: dict[fx.Node, Any] = {linear: positions * self.count + torch.arange(self.count)}
+        self.numbers: dict[fx.Node, Any] = {
+            linear: positions * self.count + torch.arange(self.count)
+        }
 
     def follow(self, node: fx.Node) -> Any:
         if node not in self.numbers:

@@ -50,7 +50,9 @@ def _stream_placeholder(traced: Trace, layout: Layout, shape: tuple[int, ...]) -
     return found[0]
 
 
-def _split(block: nn.Module, spec: CallSpec, layout: Layout, shape: tuple[int, ...], training: bool) -> SplitBlock:
+def _split(
+    block: nn.Module, spec: CallSpec, layout: Layout, shape: tuple[int, ...], training: bool
+) -> SplitBlock:
     traced = trace(block, spec, training)
     return split(traced, _stream_placeholder(traced, layout, shape), layout)
 

@@ -8,6 +8,7 @@ any other operation that keeps the grid (an island). Next: `passes.verify`.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from dgefx.kernels.constants import gather_constant
 from dgefx.kernels.island import pool_value, unpool_value
 from dgefx.kernels.layout import (
     from_tokens,
-    query_count,
     queries_as_stream,
+    query_count,
     to_tokens,
 )
 from dgefx.kernels.pool import pool
@@ -81,7 +82,10 @@ def split(trace: Trace, stream: fx.Node, layout: Layout) -> SplitBlock:
 def _refuse_masks(trace: Trace, worlds: Worlds) -> None:
     core = worlds.core
     node = core.output
-    if core.kind == "scaled_dot_product_attention" and argument(node, 5, "is_causal", False) is True:
+    if (
+        core.kind == "scaled_dot_product_attention"
+        and argument(node, 5, "is_causal", False) is True
+    ):
         raise Refused("causal attention: queries that are pooled have no place in the order")
     if core.kind == "multi_head_attention_forward" and isinstance(
         node.kwargs.get("attn_mask"), fx.Node
@@ -157,7 +161,7 @@ class _Splitter:
             for n in self.trace.graph.nodes
             if n.op == "placeholder" and isinstance(self.trace.values[n], int)
         ]
-        for rows, columns in zip(sizes, sizes[1:], strict=False):
+        for rows, columns in itertools.pairwise(sizes):
             if (self.trace.values[rows], self.trace.values[columns]) == self.layout.grid:
                 return (self.context[rows], self.context[columns])
         self.needs_grid_shape = True
@@ -245,26 +249,33 @@ class _Splitter:
         projected, offset = self.projected[key]
         return self.graph.call_function(
             arrange_projection,
-            (projected, part.start - offset, part.stop - offset, part.features, part.order, part.singles),
+            (
+                projected,
+                part.start - offset,
+                part.stop - offset,
+                part.features,
+                part.order,
+                part.singles,
+            ),
         )
 
-    def _linear_rows(self, linear: fx.Node, first: int, last: int, env: dict[fx.Node, Any]) -> fx.Node:
+    def _linear_rows(
+        self, linear: fx.Node, first: int, last: int, env: dict[fx.Node, Any]
+    ) -> fx.Node:
         source, weight, bias = linear_operands(linear)
-        rows = []
+        rows: list[fx.Node | None] = []
         for operand in (weight, bias):
             if isinstance(operand, str):
                 module, _, name = operand.rpartition(".")
                 owner = self.trace.root.get_submodule(module)
-                if getattr(owner, name) is None:
-                    rows.append(None)
-                    continue
-                value = self.graph.create_node("get_attr", operand)
-            elif isinstance(operand, fx.Node):
-                value = self.context[operand]
+                exists = getattr(owner, name) is not None
+                value = self.graph.create_node("get_attr", operand) if exists else None
             else:
+                value = self.context[operand] if isinstance(operand, fx.Node) else None
+            if value is None:
                 rows.append(None)
-                continue
-            rows.append(self.graph.call_function(weight_rows, (value, first, last)))
+            else:
+                rows.append(self.graph.call_function(weight_rows, (value, first, last)))
         return self.graph.call_function(nn.functional.linear, (env[source], *rows))
 
     # -- legalising --------------------------------------------------------------------------
@@ -399,7 +410,9 @@ class _Splitter:
         if not plain or type(conv) is not nn.Conv2d or form is None or form.axes != (2, 3):
             return None
         weight = self.graph.create_node("get_attr", f"{node.target}.weight")
-        bias = None if conv.bias is None else self.graph.create_node("get_attr", f"{node.target}.bias")
+        bias = (
+            None if conv.bias is None else self.graph.create_node("get_attr", f"{node.target}.bias")
+        )
         return source, weight, bias
 
     def _island(self, node: fx.Node, form: Form) -> fx.Node:
@@ -424,6 +437,4 @@ class _Splitter:
             return result
         if form.batch != 0:
             raise Refused(f"{node.name} mixes tokens with images merged into another axis")
-        return self.graph.call_function(
-            pool_value, (result, self.routing, form.axes, form.prefix)
-        )
+        return self.graph.call_function(pool_value, (result, self.routing, form.axes, form.prefix))

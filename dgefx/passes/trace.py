@@ -93,7 +93,9 @@ class ConcolicTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> ConcolicProxy:
         return ConcolicProxy(node, self)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         if kind == "placeholder":
@@ -129,7 +131,7 @@ class ConcolicTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = self.values[obj.node]
         count = value.shape[0] if isinstance(value, Tensor) else len(value)
-        return iter([obj[i] for i in range(count)])
+        return iter([operator.getitem(obj, i) for i in range(count)])
 
     def keys(self, obj: fx.Proxy) -> Any:
         return self.values[obj.node].keys()
@@ -178,7 +180,9 @@ def _functionalise(graph: fx.Graph) -> None:
             continue
         changed = node.args[0]
         if isinstance(changed, fx.Node):
-            changed.replace_all_uses_with(node, lambda user, node=node: user > node)
+            for user in list(changed.users):
+                if user > node:
+                    user.replace_input_with(changed, node)
 
 
 @dataclass

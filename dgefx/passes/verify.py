@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dgefx.config import DGEConfig
 from dgefx.kernels.layout import from_tokens
 from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.capacity import region_count
 from dgefx.nn.hierarchy import level_tables, patch_count
 from dgefx.passes.capture import Call
 from dgefx.passes.forms import randomise_constants
@@ -89,8 +90,8 @@ def _require_equal(found: Tensor, wanted: Tensor, stream: Tensor, what: str) -> 
     allowed = TOLERANCE * update + _ROUNDING * stream.double().norm().item()
     if not error <= allowed:
         raise Refused(
-            f"verification: {what} differs from the dense block by {error / max(update, 1e-30):.1e} "
-            f"of its update"
+            f"verification: {what} differs from the dense block by "
+            f"{error / max(update, 1e-30):.1e} of its update"
         )
 
 
@@ -112,14 +113,11 @@ def patch_constant_stream(
     return from_tokens(tokens, layout.order, layout.grid).contiguous().to(like)
 
 
-def random_levels(
-    block: DGEBlock, images: int, generator: torch.Generator
-) -> Tensor:
+def random_levels(block: DGEBlock, images: int, generator: torch.Generator) -> Tensor:
     """(B, R) random granularities for a block."""
-    regions = block.dge_router.region_cost_0.shape[0]
-    return torch.randint(
-        0, block.dge_router.config.levels, (images, regions), generator=generator
-    )
+    router = block.dge_router
+    regions = region_count(router.grid, router.config.region_side)
+    return torch.randint(0, router.config.levels, (images, regions), generator=generator)
 
 
 def verify_block(
