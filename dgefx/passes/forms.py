@@ -74,9 +74,10 @@ class FormFinder:
         self.worlds = worlds
         self.layout = layout
         height, width = layout.grid
+        # off the centre, where position tables are often zero; other rows and columns each
         self.probes = (
-            _Probe(0, height // 2, width // 2),
-            _Probe(1, (height // 2 + 1) % height, (width // 2 + 1) % width),
+            _Probe(0, height // 3, (2 * width) // 3),
+            _Probe(1, (2 * height) // 3, width // 3),
         )
         self.base: dict[fx.Node, Any] = {}
 
