@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from dgefx.config import DGEConfig
-from dgefx.inputs import resolve_inputs, run_example
+from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import BlockCost, floor_ratio
 from dgefx.nn.capacity import Plan
@@ -23,7 +23,7 @@ from dgefx.passes.capture import Call, capture, record_calls
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
-from dgefx.passes.trace import TraceError, strip_user_hooks
+from dgefx.passes.trace import TraceError
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.worlds import Refused
 from dgefx.report import BlockReport, Report
@@ -47,6 +47,11 @@ class Analysis:
     @property
     def floor(self) -> float:
         return floor_ratio(self.costs, self.macs_dense)
+
+    def predicted_ratio(self, chosen: dict[str, Plan]) -> float:
+        """MAC ratio of the whole model with `chosen` plans, from the blocks' costs."""
+        saved = sum(self.costs[n].dense - self.costs[n].macs(plan) for n, plan in chosen.items())
+        return 1.0 - saved / self.macs_dense
 
     def set_plans(self, chosen: dict[str, Plan]) -> None:
         """Give the converted blocks of the working copy their slots."""
@@ -91,6 +96,12 @@ def check_model(model: Any) -> None:
     """Raise TypeError or ValueError where `model` cannot be converted at all."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule; convert the nn.Module that it was made from")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model is wrapped by torch.compile; convert the model itself, then compile the result"
+        )
     if is_converted(model):
         raise ValueError(
             "model is already converted; use dgefx.revert(model) first, then convert() with the "
@@ -99,7 +110,7 @@ def check_model(model: Any) -> None:
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """A float32 copy in eval mode, without hooks or gradients."""
+    """A float32 copy in eval mode, without gradients. Hooks stay: they are part of the model."""
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -107,7 +118,7 @@ def working_copy(model: nn.Module) -> nn.Module:
             f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
             f"copy so that a failure leaves the model as it was"
         ) from error
-    return strip_user_hooks(copied).float().eval().requires_grad_(False)
+    return copied.float().eval().requires_grad_(False)
 
 
 def install(
@@ -119,7 +130,7 @@ def install(
     """Replace the planned blocks of `model` by converted ones; finest unless `chosen`."""
     shapes: dict[str | None, GridShape] = {}
     for name, plan in plans.items():
-        source = plan.layout.source
+        source = plan.hook_source
         if plan.needs_grid_shape and source not in shapes:
             shapes[source] = GridShape(plan.layout.grid)
             if source is not None:
@@ -135,20 +146,27 @@ def install(
 
 
 def analyse(
-    model: nn.Module, example_inputs: Any, config: DGEConfig, filter_fn: FilterFn | None
+    model: nn.Module,
+    example_inputs: Any,
+    config: DGEConfig,
+    filter_fn: FilterFn | None,
+    must_convert: bool = True,
 ) -> Analysis:
     """Capture, locate, trace, split, legalise, verify and price.
+
+    Args:
+        must_convert: raise if no block converts.
 
     Raises:
         TypeError, ValueError: nothing to convert, or the model or its inputs are unusable.
     """
     check_model(model)
     work = working_copy(model)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         call, output = resolve_inputs(work, example_inputs)
         _require_finite(output)
         captured = capture(work, *call)
-        sites = locate(captured)
+        sites = locate(captured, batch_size(call))
         if not sites:
             raise ValueError(
                 f"no attention found in {type(model).__name__}: looked for "
@@ -159,12 +177,13 @@ def analyse(
             for site in sites:
                 if site.reason is None and not filter_fn(model.get_submodule(site.name), site.name):
                     site.reason = "left out by filter_fn"
-        plans = _plan_sites(work, sites, call, config)
+        plans = _plan_sites(work, sites, call, config, must_convert)
         macs_dense = count_macs(work, *call)
         costs = _price(work, plans, sites, call, config)
-        install(work, plans, None, config)
-        _verify_model(work, call, output)
-    images = next(t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor))
+        silent = _install_and_verify(work, plans, call, output, config)
+    for name in silent:
+        plans[name] = dataclasses.replace(plans[name], hook_source=None)
+    images = batch_size(call)
     return Analysis(work, call, images, sites, plans, costs, macs_dense, config)
 
 
@@ -180,7 +199,7 @@ def _require_finite(output: Any) -> None:
 
 
 def _plan_sites(
-    work: nn.Module, sites: list[Site], call: Call, config: DGEConfig
+    work: nn.Module, sites: list[Site], call: Call, config: DGEConfig, must_convert: bool
 ) -> dict[str, BlockPlan]:
     """Trace, split and verify every site that may convert; failures become reasons."""
     names = {site.name for site in sites if site.reason is None}
@@ -197,8 +216,11 @@ def _plan_sites(
         except (Refused, TraceError) as error:
             site.reason = str(error)
             continue
+        except Exception as error:  # a block is user code: whatever it raises is its reason
+            site.reason = f"{type(error).__name__}: {error}"
+            continue
         plans[site.name] = plan
-    if not plans:
+    if not plans and must_convert:
         looked = "\n".join(f"  {site.name or '(root)'}: {site.reason}" for site in sites)
         raise ValueError(f"no attention block could be converted; looked at\n{looked}")
     return plans
@@ -221,12 +243,53 @@ def _price(
     return costs
 
 
-def _verify_model(work: nn.Module, call: Call, output: Any) -> None:
-    """The whole model at the finest granularity against the dense model's output."""
-    error = relative_error(run_example(work, call), output)
-    if not error <= TOLERANCE:
+def _install_and_verify(
+    work: nn.Module, plans: dict[str, BlockPlan], call: Call, output: Any, config: DGEConfig
+) -> list[str]:
+    """The whole model at the finest granularity against the dense model's output.
+
+    Returns:
+        blocks whose grid no module reports while the model runs; they keep the converted size.
+    """
+    install(work, plans, None, config)
+    shapes = {}
+    for name, plan in plans.items():
+        block = work.get_submodule(name)
+        if isinstance(block, DGEBlock) and block.dge_grid_shape is not None:
+            shapes[name] = (block.dge_grid_shape, plan.layout.grid)
+    ran: set[str] = set()
+    handles = [
+        work.get_submodule(f"{name}.dge_router").register_forward_hook(
+            lambda _m, _a, _o, name=name: ran.add(name)
+        )
+        for name in plans
+    ]
+    reported: dict[int, bool] = {}
+    for shape, _grid in shapes.values():
+        shape.seen = None
+    try:
+        found = run_example(work, call)
+    except Exception as error:
+        raise ValueError(
+            f"verification: the model fails with its blocks converted, so something reads more of "
+            f"them than their output: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for shape, grid in shapes.values():
+        reported[id(shape)] = shape.seen == grid
+        shape.grid = grid
+    if missing := sorted(set(plans) - ran):
+        raise ValueError(
+            f"verification: blocks {missing} do not run when the model does, although they were "
+            f"converted: the model holds them outside its module tree"
+        )
+    difference = relative_error(found, output)
+    if not difference <= TOLERANCE:
         raise ValueError(
             f"verification: every block equals its dense block, but the whole model at the finest "
-            f"granularity differs from the dense one by {error:.1e} (relative); it is not "
+            f"granularity differs from the dense one by {difference:.1e} (relative); it is not "
             f"converted. Please report this model"
         )
+    return [name for name, (shape, _grid) in shapes.items() if not reported[id(shape)]]

@@ -58,14 +58,13 @@ def _check_filter(filter_fn: Any) -> None:
         )
 
 
-def _prepared(
-    model: Any, gamma: Any, example_inputs: Any, config: Any, filter_fn: Any
-) -> tuple[Analysis, float, dict[str, Plan]]:
+def _check_arguments(
+    model: Any, gamma: Any, config: Any, filter_fn: Any
+) -> tuple[float, DGEConfig]:
     check_model(model)
     value, settings = _check_gamma(gamma), _check_config(config)
     _check_filter(filter_fn)
-    analysis = analyse(model, example_inputs, settings, filter_fn)
-    return analysis, value, solve(analysis.costs, analysis.macs_dense, value)
+    return value, settings
 
 
 def convert(
@@ -111,7 +110,9 @@ def convert(
         raise TypeError(
             f"calibration must be an iterable of model inputs, found {type(calibration).__name__}"
         )
-    analysis, value, chosen = _prepared(model, gamma, example_inputs, config, filter_fn)
+    value, settings = _check_arguments(model, gamma, config, filter_fn)
+    analysis = analyse(model, example_inputs, settings, filter_fn)
+    chosen = solve(analysis.costs, analysis.macs_dense, value)
     return install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)
 
 
@@ -120,6 +121,12 @@ def install_analysis(
 ) -> nn.Module:
     """Rewrite `target` itself as analysed and keep the record of it."""
     result = analysis.report(gamma, chosen)
+    predicted = analysis.predicted_ratio(chosen)
+    if abs(result.ratio - predicted) > 0.005:
+        raise ValueError(
+            f"the converted model measures a MAC ratio of {result.ratio:.3f} where its blocks add "
+            f"up to {predicted:.3f}: some of them do not run as converted. Please report it"
+        )
     install(target, analysis.plans, chosen, analysis.config)
     record = Record(analysis.config, gamma, result, describe_call(analysis.call))
     setattr(target, RECORD, record)
@@ -135,8 +142,11 @@ def explain(
     filter_fn: FilterFn | None = None,
 ) -> Report:
     """What `convert` would do, without doing it. Arguments and errors as `convert`."""
-    analysis, value, chosen = _prepared(model, gamma, example_inputs, config, filter_fn)
-    return analysis.report(value, chosen)
+    value, settings = _check_arguments(model, gamma, config, filter_fn)
+    analysis = analyse(model, example_inputs, settings, filter_fn, must_convert=False)
+    if not analysis.plans:
+        return analysis.report(value, {})
+    return analysis.report(value, solve(analysis.costs, analysis.macs_dense, value))
 
 
 def conversion_record(model: Any) -> Record:

@@ -99,16 +99,38 @@ def _detached(call: Call) -> Call:
     def clean(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().float() if leaf.is_floating_point() else leaf.detach().clone()
+        copied = leaf.detach().clone()
+        return copied.float() if copied.is_floating_point() else copied
 
     cleaned: Call = pytree.tree_map(clean, call)
     return cleaned
 
 
+def clone_call(call: Call) -> Call:
+    """The same call on copies of its tensors: a model may change its input in place."""
+    cloned: Call = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, call)
+    return cloned
+
+
 def run_example(model: nn.Module, call: Call) -> Any:
     """The model's output for an example call, without gradients."""
+    args, kwargs = clone_call(call)
     with torch.no_grad():
-        return model(*call[0], **call[1])
+        return model(*args, **kwargs)
+
+
+def batch_size(call: Call) -> int:
+    """Images in an example call: the first axis of its first image-like tensor.
+
+    Raises:
+        ValueError: no tensor with at least two axes.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    for axes in (4, 3, 2):
+        for tensor in tensors:
+            if tensor.dim() >= axes:
+                return tensor.shape[0]
+    raise ValueError("example_inputs hold no tensor of images")
 
 
 def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Call, Any]:

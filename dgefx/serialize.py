@@ -86,6 +86,8 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
         ValueError: another format, or `dense_model` does not fit.
     """
     path = Path(folder)
+    if not (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{path} was not written by dgefx.save(): it has no {CONFIG_FILE}")
     content = json.loads((path / CONFIG_FILE).read_text())
     if content.get("format") != FORMAT:
         raise ValueError(
@@ -111,7 +113,10 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
         )
     chosen = {name: Plan(tuple(capacities)) for name, capacities in slots.items()}
     model = install_analysis(copy.deepcopy(dense_model), analysis, content["gamma"], chosen)
-    missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)
+    try:
+        missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"dense_model does not fit {path}: {error}") from error
     if missing or unexpected:
         raise ValueError(
             f"dense_model does not fit {path}: missing keys {sorted(missing)}, unexpected keys "

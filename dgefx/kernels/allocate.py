@@ -12,16 +12,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: up to so many regions, comparing all pairs is cheaper than sorting (and fuses with its readers)
+_PAIRS_LIMIT = 1024
 
-def _inverse_permutation(order: Tensor) -> Tensor:
-    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter(1, order, position)
+
+def _running_total(values: Tensor, gain: Tensor) -> Tensor:
+    """Sum of `values` over a region and all that come before it by falling gain (ties: in order).
+
+    Args:
+        values: (B, R) int64. gain: (B, R).
+    """
+    regions = gain.shape[1]
+    if regions <= _PAIRS_LIMIT:
+        index = torch.arange(regions, device=gain.device)
+        mine, other = gain.unsqueeze(2), gain.unsqueeze(1)
+        earlier = (other > mine) | ((other == mine) & (index <= index.unsqueeze(1)))
+        return torch.where(earlier, values.unsqueeze(1), 0).sum(2)
+    order = gain.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(values).scatter(1, order, values.gather(1, order).cumsum(1))
 
 
 def _take_best(gain: Tensor, free: Tensor, count: int) -> Tensor:
     """(B, R) bool: the `count` free regions with the highest gain."""
-    order = gain.masked_fill(~free, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (_inverse_permutation(order) < count) & free
+    return free & (_running_total(free.long(), gain) <= count)
 
 
 def _take_within(gain: Tensor, free: Tensor, cost: Tensor, capacity: int) -> Tensor:
@@ -29,18 +42,14 @@ def _take_within(gain: Tensor, free: Tensor, cost: Tensor, capacity: int) -> Ten
 
     Three passes: after the best prefix, smaller (clipped) regions may still fill what is left.
     """
-    order = gain.masked_fill(~free, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    price = cost[order]
-    open_ = free.gather(1, order)
-    taken = torch.zeros_like(open_)
+    taken = torch.zeros_like(free)
     left = torch.full((gain.shape[0], 1), capacity, device=gain.device)
     for _ in range(3):
-        candidate = open_ & ~taken & (price <= left)
-        spent = torch.where(candidate, price, 0)
-        chosen = candidate & (spent.cumsum(1) <= left)
+        price = torch.where(free & ~taken & (cost <= left), cost, 0)
+        chosen = (price > 0) & (_running_total(price, gain) <= left)
         taken = taken | chosen
         left = left - torch.where(chosen, price, 0).sum(1, keepdim=True)
-    return taken.gather(1, _inverse_permutation(order))
+    return taken
 
 
 def allocate_levels(

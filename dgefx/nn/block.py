@@ -27,11 +27,12 @@ class GridShape:
     """
 
     def __init__(self, grid: tuple[int, int]) -> None:
-        self.grid = grid
+        self.grid: tuple[int, int] = grid
+        self.seen: tuple[int, int] | None = None
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 4:
-            self.grid = (output.shape[2], output.shape[3])
+            self.grid = self.seen = (output.shape[2], output.shape[3])
 
     def resolve(self, tokens: int) -> tuple[int, int]:
         """(H, W) of a grid of `tokens`.
@@ -105,6 +106,11 @@ class Constants(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
 
+def _empty_block() -> DGEBlock:
+    """For pickle and deepcopy, which take `__class__` at its word."""
+    return DGEBlock.__new__(DGEBlock)
+
+
 class DGEBlock(nn.Module):
     """A converted block (arXiv 2301.03831, figure 2).
 
@@ -132,7 +138,7 @@ class DGEBlock(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in vars(dense).items():
-            if name != "_modules":
+            if name not in ("_modules", "_compiled_call_impl"):
                 self.__dict__[name] = value
         self._modules = dict(dense._modules)
         self.dge_router = router
@@ -143,6 +149,18 @@ class DGEBlock(nn.Module):
         self._dge_code = (eval_code, train_code)
         self._dge_spec = spec
         self.dge_grid_shape = grid_shape
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """isinstance() also answers for the block this one stands in for.
+
+        Libraries find the layers of a model that way (transformers records hidden states so).
+        """
+        dense = self.__dict__.get("_dge_dense")
+        return type(self) if dense is None else type(dense[0])
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return _empty_block, (), self.__getstate__()
 
     def dense_block(self) -> nn.Module:
         """The block this one was made from, sharing its parameters, in this one's mode."""

@@ -14,6 +14,8 @@ from dgefx.nn.capacity import Plan
 
 #: share of the dense model's MACs that may stay unspent for the sake of equal blocks
 SLACK = 0.01
+#: share that may stay unspent at all, before evenness between blocks is given up
+BAND = 0.02
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def solve(costs: Mapping[str, BlockCost], dense: float, gamma: float) -> dict[st
     _top_up(costs, rest, limit, chosen, list(groups.values()))
     if limit - _total(costs, rest, chosen) > SLACK * dense:
         _top_up(costs, rest, limit, chosen, [[name] for name in costs])
-    if limit - _total(costs, rest, chosen) > SLACK * dense:
+    few_plans = all(len(cost.plans) <= 4 for cost in costs.values())
+    if limit - _total(costs, rest, chosen) > (SLACK if few_plans else BAND) * dense:
         _fill(costs, rest, limit, dense, chosen)
     return {name: cost.plans[chosen[name]] for name, cost in costs.items()}
 

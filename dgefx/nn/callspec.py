@@ -7,6 +7,7 @@ a constant, so a call that differs there is refused instead of computed wrongly.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class CallSpec:
     names: tuple[str, ...]  # positional parameters, without self
     defaults: dict[str, Any]
     accepts_extra: bool  # **kwargs
+    positional: int  # how many of the names may be given by position
     inputs: tuple[Path, ...]  # leaves that are graph inputs
     fixed: tuple[tuple[Path, Any], ...]  # leaves that were constants
     example: dict[str, Any]
@@ -48,6 +50,9 @@ class CallSpec:
         """The spec of calling `module` with these arguments."""
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        positional = sum(p.kind in plain for p in parameters)
+        if len(args) > positional:
+            raise ValueError("its forward takes *args, which cannot be told apart in later calls")
         names = tuple(
             p.name
             for p in parameters
@@ -59,18 +64,25 @@ class CallSpec:
         extra = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
         values = {**dict(zip(names, args, strict=False)), **kwargs}
         leaves = [leaf for name, value in values.items() for leaf in _walk(value, (name,))]
+        # what the example call left out was traced at its default
+        leaves += [((name,), value) for name, value in defaults.items() if name not in values]
         return cls(
             names=names,
             defaults=defaults,
             accepts_extra=extra,
-            inputs=tuple(path for path, value in leaves if _is_dynamic(value)),
-            fixed=tuple((path, value) for path, value in leaves if _comparable(value)),
+            positional=positional,
+            inputs=tuple(path for path, v in leaves if path[0] in values and _is_dynamic(v)),
+            fixed=tuple(
+                (path, v)
+                for path, v in leaves
+                if _comparable(v) or (path[0] not in values and isinstance(v, int))
+            ),
             example=values,
         )
 
     def without_example(self) -> CallSpec:
         """The same spec without the example's tensors."""
-        return CallSpec(self.names, self.defaults, self.accepts_extra, self.inputs, self.fixed, {})
+        return dataclasses.replace(self, example={})
 
     def input_names(self) -> list[str]:
         """A placeholder name per graph input."""
@@ -82,6 +94,19 @@ class CallSpec:
         Raises:
             ValueError: an argument differs from the traced call in something that is fixed.
         """
+        if len(args) > self.positional:
+            raise TypeError(
+                f"this block takes {self.positional} positional arguments, {len(args)} were given"
+            )
+        known = {path[0] for path in self.inputs} | {path[0] for path, _ in self.fixed}
+        for name, value in kwargs.items():
+            # flags for others that ride along in **kwargs are harmless, data is not
+            harmless = self.accepts_extra and not isinstance(value, Tensor)
+            if name not in known and name not in self.names and not harmless:
+                raise TypeError(
+                    f"this block was converted for calls without {name}; convert with "
+                    f"example_inputs that use it, or revert() the model"
+                )
         values: dict[str, Any] = dict(self.defaults)
         for name, value in zip(self.names, args, strict=False):
             values[name] = value

@@ -137,5 +137,7 @@ def rescale(plan: Plan, old: tuple[int, int], new: tuple[int, int], config: DGEC
         return plan
     totals = [patch_count(old, side) for side in config.granularities]
     fractions = [c / t for c, t in zip(plan.capacities, totals, strict=True)]
-    fractions[-1] = 1.0 if fractions[-1] >= 1.0 else max(0.0, 1.0 - sum(fractions[:-1]))
+    # only a plan without finer slots is the coarsest one: clipped grids may fill the last level
+    coarsest = not any(plan.capacities[:-1])
+    fractions[-1] = 1.0 if coarsest else min(max(0.0, 1.0 - sum(fractions[:-1])), 1.0 - 1e-6)
     return plan_from_fractions(new, config, tuple(fractions))

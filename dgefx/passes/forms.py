@@ -111,7 +111,7 @@ class FormFinder:
         inputs = {n: self.trace.values[n] for n in self.trace.graph.nodes if n.op == "placeholder"}
         inputs[stream] = noise
         randomise_constants(self.trace.root)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             self._run_base(inputs)
             result = self.base[self.worlds.output]
             if not bool(torch.isfinite(result).all()):

@@ -202,15 +202,17 @@ def _query_reason(core: Core, layout: Layout) -> str | None:
     )
 
 
-def locate(capture: Capture) -> list[Site]:
-    """Every attention core of the captured model, each with its block or the reason it has none."""
+def locate(capture: Capture, batch: int) -> list[Site]:
+    """Every attention core of the captured model, with its block or the reason it has none.
+
+    Args:
+        batch: images in the example call.
+    """
     graph = capture.graph
     cores = find_cores(graph)
     if not cores:
         return []
     residuals, finder = _Residuals(graph), GridFinder()
-    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.meta["shape"]]
-    batch = inputs[0].meta["shape"][0] if inputs else 1
     sites = []
     for core in cores:
         stack = core.output.meta["stack"]

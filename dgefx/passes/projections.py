@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dgefx.passes.ops import MOVEMENT, argument, op_name
-from dgefx.passes.trace import Trace, run_node
+from dgefx.passes.trace import HOOKED, Trace, run_node
 from dgefx.passes.worlds import Worlds
 
 
@@ -157,10 +157,10 @@ def fused_projections(
             continue
         if op_name(node, trace.root) != "linear":
             continue
-        if node.op == "call_module" and type(trace.root.get_submodule(str(node.target))) is not (
-            torch.nn.Linear
-        ):
-            continue
+        if node.op == "call_module":
+            module = trace.root.get_submodule(str(node.target))
+            if type(module) is not torch.nn.Linear or hasattr(module, HOOKED):
+                continue
         follower = _Follower(trace, base, node)
         parts: list[dict[fx.Node, Part]] = []
         for world, edges in ((worlds.query, False), (worlds.context, True)):

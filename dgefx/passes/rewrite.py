@@ -34,6 +34,7 @@ class BlockPlan:
     train_code: GraphCode
     constants: dict[str, Tensor]
     needs_grid_shape: bool
+    hook_source: str | None  # module that reports the running grid, if its output does
     exact_at_any_level: bool  # on patch-constant input: no positional tables, stencils, islands
 
 
@@ -71,6 +72,8 @@ def plan_block(
     Raises:
         Refused, TraceError: the reason why the block stays dense.
     """
+    if "forward" in vars(block):
+        raise Refused("its forward is patched on the instance")
     spec = CallSpec.of(block, *call)
     evaluated = _split(block, spec, layout, shape, training=False)
     trained = _split(block, spec, layout, shape, training=True)
@@ -88,6 +91,7 @@ def plan_block(
         train_code=GraphCode(trained.graph, f"{name} train"),
         constants=constants,
         needs_grid_shape=evaluated.needs_grid_shape or trained.needs_grid_shape,
+        hook_source=layout.source,
         exact_at_any_level=not (evaluated.positional or evaluated.mixing),
     )
 
@@ -110,15 +114,15 @@ def build_block(
             router.gate.to(parameter.dtype)
     constants = {name: value.clone() for name, value in plan.constants.items()}
     if parameter is not None:
-        constants = {
-            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-            for name, value in constants.items()
-        }
+        constants = {name: value.to(parameter.device) for name, value in constants.items()}
     shape = grid_shape if plan.needs_grid_shape else None
     return DGEBlock(dense, router, plan.eval_code, plan.train_code, plan.spec, constants, shape)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the submodule `name` of `model`."""
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
+    """Replace the submodule `name` of `model`, under every name that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, found in parent._modules.items():
+            if found is old:
+                parent._modules[child] = module

@@ -33,7 +33,7 @@ from dgefx.passes.forms import Form, FormFinder
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
 from dgefx.passes.projections import FusedProjection, Part, fused_projections, linear_operands
-from dgefx.passes.trace import Trace
+from dgefx.passes.trace import HOOKED, Trace
 from dgefx.passes.worlds import Refused, Worlds, find_worlds
 
 _CONSTANT_PREFIX = "dge_constants"
@@ -407,7 +407,9 @@ class _Splitter:
             and conv.padding_mode == "zeros"
         )
         form = self.forms.get(source)
-        if not plain or type(conv) is not nn.Conv2d or form is None or form.axes != (2, 3):
+        if type(conv) is not nn.Conv2d or hasattr(conv, HOOKED):
+            return None
+        if not plain or form is None or form.axes != (2, 3):
             return None
         weight = self.graph.create_node("get_attr", f"{node.target}.weight")
         bias = (

@@ -196,8 +196,12 @@ class Trace:
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer of the block
 
 
+#: marks modules of a traced copy that had hooks: they must be called, not bypassed
+HOOKED = "_dgefx_hooked"
+
+
 def strip_user_hooks(model: nn.Module) -> nn.Module:
-    """Remove forward hooks from a copy, so that analysis never runs user code twice.
+    """Remove forward hooks from a copy, so that user code never sees a proxy.
 
     Those of torch itself (weight norm, spectral norm) compute parameters and stay.
     """
@@ -205,6 +209,7 @@ def strip_user_hooks(model: nn.Module) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 owner = hook if hasattr(hook, "__module__") else type(hook)
+                setattr(module, HOOKED, True)
                 if not str(owner.__module__).startswith("torch."):
                     del hooks[key]
     return model
@@ -234,7 +239,7 @@ def trace(block: nn.Module, spec: CallSpec, training: bool) -> Trace:
         root = shadow(block).train(training)
         tracer = ConcolicTracer(spec, _childless(root) if keep_custom else frozenset())
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
                 graph = tracer.trace(root)
         except Exception as found:  # any user code may raise anything while traced
             error = error or found
