@@ -104,26 +104,33 @@ def assign_slots(
         hold patch 0, their result is never read); and (B, N) the slot of every token's patch,
         counted over all levels.
     """
-    patches: list[Tensor | None] = []
-    token_slot = None
-    offset = 0
-    for level, capacity in enumerate(capacities):
-        if not capacity:
-            patches.append(None)
-            continue
-        chosen = (levels == level)[:, patch_region[level]]  # (B, P)
-        slot = chosen.long().cumsum(1) - 1
-        target = torch.where(chosen, slot, capacity)
-        ids = torch.arange(target.shape[1], device=levels.device).expand_as(target)
-        table = torch.zeros(
-            (levels.shape[0], capacity + 1), dtype=torch.int64, device=levels.device
-        )
-        patches.append(table.scatter(1, target, ids)[:, :capacity])
-        of_token = (slot + offset)[:, token_patch[level]]
-        if token_slot is None:
-            token_slot = of_token
-        else:
-            token_slot = torch.where(chosen[:, token_patch[level]], of_token, token_slot)
-        offset += capacity
-    assert token_slot is not None
-    return tuple(patches), token_slot
+    used = [level for level, capacity in enumerate(capacities) if capacity]
+    counts = [patch_region[level].shape[0] for level in used]
+    # all levels in one row, so that one cumulative sum and one scatter serve them
+    chosen = torch.cat([(levels == level)[:, patch_region[level]] for level in used], 1)
+    running = chosen.long().cumsum(1)
+    shifts, rows = [], None
+    start = offset = 0
+    token_level = levels[:, patch_region[0]]
+    for level, count in zip(used, counts, strict=True):
+        before = running[:, start - 1 : start] if start else torch.zeros_like(running[:, :1])
+        shifts.append((offset - 1 - before).expand(-1, count))
+        row = token_patch[level] + start
+        rows = row.expand_as(token_level) if rows is None else rows
+        rows = torch.where(token_level == level, row, rows)
+        start += count
+        offset += capacities[level]
+    assert rows is not None
+    slot = running + torch.cat(shifts, 1)
+    target = torch.where(chosen, slot, offset)
+    ids = torch.arange(start, device=levels.device).expand_as(target)
+    table = torch.zeros((levels.shape[0], offset + 1), dtype=torch.int64, device=levels.device)
+    table = table.scatter(1, target, ids)
+    patches: list[Tensor | None] = [None] * len(capacities)
+    start = offset = 0
+    for level, count in zip(used, counts, strict=True):
+        # a slot that nothing was scattered into holds 0, which may lie before this level
+        stop = offset + capacities[level]
+        patches[level] = (table[:, offset:stop] - start).clamp(min=0)
+        start, offset = start + count, stop
+    return tuple(patches), slot.gather(1, rows)
