@@ -14,6 +14,7 @@ from dgefx.config import DGEConfig
 from dgefx.nn.hierarchy import divides, max_region_cost, patch_count, side_counts
 
 _STEPS = 400
+_FEW_REGIONS = 4
 
 
 class Plan(NamedTuple):
@@ -118,6 +119,8 @@ def plans(grid: tuple[int, int], config: DGEConfig) -> tuple[Plan, ...]:
     regions = region_count(grid, config.region_side)
     costs = [patch_count(grid, side) / regions for side in config.granularities]
     found = {pure[0].slots: pure[0], pure[-1].slots: pure[-1]}
+    if regions <= _FEW_REGIONS:  # mixtures of so few regions leave wide gaps
+        found.update({plan.slots: plan for plan in pure})
     for step in range(1, _STEPS):
         mean = costs[-1] + (costs[0] - costs[-1]) * step / _STEPS
         plan = plan_from_fractions(grid, config, _mixture(costs, mean))
