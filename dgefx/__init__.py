@@ -1,5 +1,6 @@
 """dgefx: any vision transformer, rewritten into a Dynamic Grained Encoder."""
 
+from dgefx.calibrate import calibrate, set_budget
 from dgefx.config import DGEConfig
 from dgefx.convert import convert, explain, report, revert
 from dgefx.report import BlockReport, Report
@@ -11,10 +12,12 @@ __all__ = [
     "BlockReport",
     "DGEConfig",
     "Report",
+    "calibrate",
     "convert",
     "explain",
     "load",
     "report",
     "revert",
     "save",
+    "set_budget",
 ]

@@ -17,7 +17,7 @@ from torch import nn
 from dgefx.config import DGEConfig
 from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock, GridShape
-from dgefx.nn.budget import BlockCost, floor_ratio
+from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
 from dgefx.passes.capture import Call, capture, record_calls
 from dgefx.passes.cost import block_cost, count_macs
@@ -46,7 +46,8 @@ class Analysis:
 
     @property
     def floor(self) -> float:
-        return floor_ratio(self.costs, self.macs_dense)
+        saved = sum(c.dense - c.macs(c.plans[0]) for c in self.costs.values())
+        return 1.0 - saved / self.macs_dense
 
     def predicted_ratio(self, chosen: dict[str, Plan]) -> float:
         """MAC ratio of the whole model with `chosen` plans, from the blocks' costs."""

@@ -15,7 +15,7 @@ VERSION = 1
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "budget": ("per_image",),
-    "routing": ("region", "layer"),
+    "routing": ("nested", "region", "layer"),
     "router": ("detail", "linear"),
 }
 
@@ -28,11 +28,15 @@ class DGEConfig:
         granularities: patch sides in tokens, finest first. Must start with 1 (so that the finest
             level is the dense model), and each side must divide the next.
         region: side in tokens of the square region that shares one granularity; a multiple of the
-            coarsest patch side. ``None`` means the coarsest patch side.
+            coarsest patch side. ``None`` means the coarsest patch side. With nested routing it is
+            the second patch side, where the finest decisions are taken, and cannot be chosen.
         budget: ``"per_image"``: every image gets the same number of queries in a layer, so shapes
             are static and a result never depends on the rest of the batch.
-        routing: ``"region"``: one granularity per region and image; ``"layer"``: one granularity
-            per layer (the paper's ablation).
+        routing: ``"nested"``: every patch decides for itself whether it is split into the patches
+            of the next finer level, so a region may hold several granularities; ``"region"``: the
+            paper's, one granularity per region and image; ``"layer"``: one granularity per layer
+            (the paper's ablation). ``None`` means nested, or region where `region` is given or the
+            router is linear.
         router: ``"detail"``: the training-free within-patch variance; ``"linear"``: the paper's
             gate, one linear layer on the region's mean token (section 3.2).
         version: format version, written to JSON.
@@ -44,7 +48,7 @@ class DGEConfig:
     granularities: tuple[int, ...] = (1, 2, 4)
     region: int | None = None
     budget: Literal["per_image"] = "per_image"
-    routing: Literal["region", "layer"] = "region"
+    routing: Literal["nested", "region", "layer"] | None = None
     router: Literal["detail", "linear"] = "detail"
     version: int = VERSION
 
@@ -68,10 +72,27 @@ class DGEConfig:
                     f"granularities must grow and each must divide the next, found {fine} then "
                     f"{coarse} in {sides!r}; use for example (1, 2, 4)"
                 )
-        region = sides[-1] if self.region is None else self.region
+        routing = self.routing
+        unit = sides[min(1, len(sides) - 1)]
+        if routing is None:
+            plain = self.region is None and self.router != "linear"
+            routing = "nested" if plain else "region"
+        if routing == "nested" and self.router == "linear":
+            raise ValueError(
+                'routing "nested" has no linear router: the paper\'s gate picks one granularity '
+                'per region; use routing="region" with router="linear", or router="detail"'
+            )
+        if routing == "nested" and self.region not in (None, unit):
+            raise ValueError(
+                f"region cannot be chosen with nested routing (its finest decisions are per patch "
+                f'of side {unit}), found {self.region!r}; leave it out or use routing="region"'
+            )
+        region = self.region
+        if region is None:
+            region = unit if routing == "nested" else sides[-1]
         if isinstance(region, bool) or not isinstance(region, int):
             raise TypeError(f"region must be an integer number of tokens, found {region!r}")
-        if region < 1 or region % sides[-1]:
+        if routing != "nested" and (region < 1 or region % sides[-1]):
             raise ValueError(
                 f"region must be a multiple of the coarsest granularity {sides[-1]}, found {region}"
             )
@@ -80,6 +101,7 @@ class DGEConfig:
                 f"version {self.version!r} of DGEConfig is not known to this dgefx (it writes "
                 f"{VERSION}); use the dgefx that wrote it, or a newer one"
             )
+        object.__setattr__(self, "routing", routing)
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
@@ -90,7 +112,8 @@ class DGEConfig:
 
     @property
     def region_side(self) -> int:
-        """The region's side in tokens (`region` with its default filled in)."""
+        """The region's side in tokens (`region` with its default filled in): the cells that
+        `Routing.levels` counts in."""
         assert self.region is not None
         return self.region
 

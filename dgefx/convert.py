@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
-import numbers
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install, is_converted
+from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
+from dgefx.calibrate import calibrate, check_gamma
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
-from dgefx.passes.capture import Call
 from dgefx.passes.rewrite import put
+from dgefx.record import RECORD, Record, conversion_record, describe_call, guessed_choices, unwrap
 from dgefx.report import Report
-
-RECORD = "dgefx_record"
-
-
-@dataclass
-class Record:
-    """Kept on a converted model: how it was made."""
-
-    config: DGEConfig
-    gamma: float
-    report: Report
-    example: list[Any]  # shapes of the example call, for `load`
-
-
-def _check_gamma(gamma: Any) -> float:
-    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
-        raise TypeError(f"gamma must be a number in (0, 1], found {gamma!r}")
-    value = float(gamma)
-    if not math.isfinite(value) or not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"gamma must be in (0, 1]: the share of the dense model's MACs to keep, found {gamma!r}"
-        )
-    return value
 
 
 def _check_config(config: Any) -> DGEConfig:
@@ -62,7 +37,7 @@ def _check_arguments(
     model: Any, gamma: Any, config: Any, filter_fn: Any
 ) -> tuple[float, DGEConfig]:
     check_model(model)
-    value, settings = _check_gamma(gamma), _check_config(config)
+    value, settings = check_gamma(gamma), _check_config(config)
     _check_filter(filter_fn)
     return value, settings
 
@@ -91,7 +66,9 @@ def convert(
         example_inputs: tensor, tuple of arguments or dict of keyword arguments the model takes;
             found by itself where the model states its input size (timm, Hugging Face,
             torchvision). The budget holds at this size.
-        calibration: accepted for forward compatibility; not used yet.
+        calibration: images to fit budgets and routers to, without labels or training; see
+            `dgefx.calibrate`, which can also be called later, with more options. Without it the
+            blocks' shares of the budget are a guess from their depth.
         config: granularities, region side, routing, router. Default `DGEConfig()`.
         filter_fn: `(module, name) -> bool`, False keeps a block dense.
         inplace: rewrite `model` itself and return it.
@@ -106,14 +83,27 @@ def convert(
             convert (with the reason per block), or a model that is already converted. The model
             is unchanged then.
     """
+    value, settings = _check_arguments(model, gamma, config, filter_fn)
     if calibration is not None and not hasattr(calibration, "__iter__"):
         raise TypeError(
             f"calibration must be an iterable of model inputs, found {type(calibration).__name__}"
         )
-    value, settings = _check_arguments(model, gamma, config, filter_fn)
     analysis = analyse(model, example_inputs, settings, filter_fn)
-    chosen = solve(analysis.costs, analysis.macs_dense, value)
-    return install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)
+    chosen = _solve(analysis, value)
+    target = install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)
+    if calibration is None:
+        return target
+    try:
+        return calibrate(target, calibration)
+    except BaseException:
+        if inplace:
+            revert(target, inplace=True)
+        raise
+
+
+def _solve(analysis: Analysis, gamma: float) -> dict[str, Plan]:
+    rest = analysis.macs_dense - sum(cost.dense for cost in analysis.costs.values())
+    return solve(guessed_choices(analysis.costs), rest, analysis.macs_dense, gamma)
 
 
 def install_analysis(
@@ -128,7 +118,15 @@ def install_analysis(
             f"up to {predicted:.3f}: some of them do not run as converted. Please report it"
         )
     install(target, analysis.plans, chosen, analysis.config)
-    record = Record(analysis.config, gamma, result, describe_call(analysis.call))
+    record = Record(
+        analysis.config,
+        gamma,
+        result,
+        describe_call(analysis.call),
+        {name: analysis.costs[name] for name in analysis.plans},
+        analysis.macs_dense,
+        analysis.images,
+    )
     setattr(target, RECORD, record)
     return target
 
@@ -146,21 +144,7 @@ def explain(
     analysis = analyse(model, example_inputs, settings, filter_fn, must_convert=False)
     if not analysis.plans:
         return analysis.report(value, {})
-    return analysis.report(value, solve(analysis.costs, analysis.macs_dense, value))
-
-
-def conversion_record(model: Any) -> Record:
-    """How `model` was converted.
-
-    Raises:
-        TypeError, ValueError: not a model, or not a converted one.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    record = getattr(model, RECORD, None)
-    if not isinstance(record, Record) or not is_converted(model):
-        raise ValueError("model is not a converted one; call dgefx.convert(model) first")
-    return record
+    return analysis.report(value, _solve(analysis, value))
 
 
 def report(model: nn.Module) -> Report:
@@ -175,7 +159,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError, ValueError: not a converted model.
     """
     conversion_record(model)
-    target = model if inplace else copy.deepcopy(model)
+    target = unwrap(model) if inplace else copy.deepcopy(unwrap(model))
     for name, module in list(target.named_modules()):
         if isinstance(module, DGEBlock):
             put(target, name, module.dense_block())
@@ -185,17 +169,3 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 del module._forward_hooks[key]
     delattr(target, RECORD)
     return target
-
-
-def describe_call(call: Call) -> list[Any]:
-    """Shapes of an example call in JSON's terms; see `rebuild_call`."""
-
-    def describe(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return {"value": value}
-        return {"unknown": type(value).__name__}
-
-    args, kwargs = call
-    return [[describe(a) for a in args], {k: describe(v) for k, v in kwargs.items()}]

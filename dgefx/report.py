@@ -36,7 +36,8 @@ class Report:
     """Whole-model figures and every attention block seen.
 
     gamma: asked for. ratio: MACs over the dense model's, by `FlopCounterMode`. macs, macs_dense:
-    multiply-accumulates per image. floor: the lowest ratio this model can be converted to.
+    multiply-accumulates per image. floor: the lowest ratio this model can be set to. calibrated:
+    whether the blocks' shares were measured (`dgefx.calibrate`) or guessed from their depth.
     """
 
     gamma: float
@@ -45,6 +46,7 @@ class Report:
     macs_dense: float
     floor: float
     blocks: tuple[BlockReport, ...] = field(default_factory=tuple)
+    calibrated: bool = False
 
     @property
     def converted(self) -> tuple[BlockReport, ...]:
@@ -60,6 +62,11 @@ class Report:
                 f"blocks converted"
             )
         )
+        if not self.calibrated and self.converted and self.gamma < 1.0:
+            table.caption = (
+                "shares of the budget guessed from depth; dgefx.calibrate(model, images) measures "
+                "them on a few unlabelled images"
+            )
         for column in ("block", "status", "grid", "queries", "slots per level", "ratio", "reason"):
             table.add_column(column, justify="right" if column in ("queries", "ratio") else "left")
         for block in self.blocks:

@@ -17,9 +17,10 @@ from torch import nn
 
 from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
-from dgefx.convert import conversion_record, install_analysis
+from dgefx.convert import install_analysis
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
+from dgefx.record import conversion_record
 
 FORMAT = 1
 CONFIG_FILE = "dgefx.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 #: up to so many regions, comparing all pairs is cheaper than sorting (and fuses with its readers)
-_PAIRS_LIMIT = 1024
+_PAIRS_LIMIT = 400
 
 
 def _running_total(values: Tensor, gain: Tensor) -> Tensor:
@@ -81,6 +81,49 @@ def allocate_levels(
             taken = _take_within(gain, free, costs[level], capacity)
         levels = torch.where(taken, level, levels)
         free = free & ~taken
+    return levels
+
+
+def allocate_nested(
+    gains: Sequence[Tensor],
+    children: Sequence[Tensor],
+    parents: Sequence[Tensor],
+    holders: Sequence[Tensor],
+    budgets: Sequence[int],
+    uniform: Sequence[int | None],
+) -> Tensor:
+    """Levels where every patch decides for itself whether it is split, from coarse to fine.
+
+    Args:
+        gains: per level l but the coarsest, (B, P of l + 1): what splitting a patch of level
+            l + 1 into patches of level l gains per query.
+        children: per level l, (P of l + 1,) patches of level l in each.
+        parents: per level l, (P of l,) patch of level l + 1 that holds it.
+        holders: per level l, (P of 1,) patch of level l + 1 that holds each patch of level 1; the
+            first is not read.
+        budgets: per level l, how many patches of it may be present.
+        uniform: per level l, the number of children where all have the same, else None.
+
+    Returns:
+        (B, P of 1) int64, 0 = finest.
+    """
+    coarsest = len(budgets)
+    batch = gains[0].shape[0]
+    device = gains[0].device
+    units = gains[0].shape[1]
+    levels = torch.full((batch, units), coarsest, dtype=torch.int64, device=device)
+    present = torch.ones_like(gains[-1], dtype=torch.bool)
+    for level in range(coarsest - 1, -1, -1):
+        budget, price = budgets[level], uniform[level]
+        if not budget:
+            break
+        if price is not None:
+            split = _take_best(gains[level], present, budget // price)
+        else:
+            split = _take_within(gains[level], present, children[level], budget)
+        levels = torch.where(split[:, holders[level]] if level else split, level, levels)
+        if level:
+            present = split[:, parents[level]]
     return levels
 
 

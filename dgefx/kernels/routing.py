@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dgefx.kernels.correction import Correction
+
 
 class Routing(NamedTuple):
     """Granularity of every region and where its queries are.
@@ -27,7 +29,9 @@ class Routing(NamedTuple):
     grid: tuple[int, int]  # (H, W)
     prefix: int  # tokens in front of the grid, queries of their own
     granularities: tuple[int, ...]
-    region: int
+    region: int  # side of the cells that `levels` counts in
+    correction: Correction | None = None  # of the un-pooled update, where one was fitted
+    lost: Tensor | None = None  # (B, slots) input of the correction
 
     @property
     def capacities(self) -> tuple[int, ...]:

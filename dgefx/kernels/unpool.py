@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgefx.kernels.correction import corrected_update
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import gather_rows
 
@@ -28,7 +29,7 @@ def unpool(queries: Tensor, routing: Routing) -> Tensor:
 
 
 def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routing) -> Tensor:
-    """Residual stream plus the un-pooled update.
+    """Residual stream plus the un-pooled update, and its correction where the router has one.
 
     Args:
         tokens: (B, prefix + N, C), the block's input.
@@ -42,4 +43,15 @@ def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routin
     if routing.gate is not None:
         gate = F.pad(routing.gate, (routing.prefix, 0), value=1.0)
         update = update * gate.unsqueeze(-1).to(update.dtype)
-    return tokens + unpool(update, routing)
+    updated_tokens = tokens + unpool(update, routing)
+    if routing.correction is None or routing.lost is None:
+        return updated_tokens
+    prefix = routing.prefix
+    correction = corrected_update(
+        tokens[:, prefix:],
+        queries[:, prefix:],
+        routing.lost,
+        routing.token_slot,
+        routing.correction,
+    )
+    return updated_tokens + F.pad(correction, (0, 0, prefix, 0))

@@ -1,21 +1,27 @@
-"""The budget solver: one capacity plan per block such that the whole model meets `gamma`.
+"""The budget solver: one plan per block such that the whole model meets `gamma` at least loss.
 
 Costs are multiply-accumulates (MACs) as `torch.utils.flop_counter.FlopCounterMode` counts them,
-measured by `dgefx.passes.cost`; a converted block's cost is linear in its slots.
+measured by `dgefx.passes.cost`; a converted block's cost is linear in its slots. Losses come from a
+calibration, or from `guess` where there was none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from dgefx.nn.capacity import Plan
 
-#: share of the dense model's MACs that may stay unspent for the sake of equal blocks
+#: share of the dense model's MACs that may stay unspent for a lower loss
 SLACK = 0.01
-#: share that may stay unspent at all, before evenness between blocks is given up
-BAND = 0.02
+#: resolution of the knapsack; what is above the floor is divided into so many units
+_UNITS = 16000
+#: how much less the last block's detail is worth than the first's, as exp(-_DEPTH); DeiT-Tiny's
+#: measured sensitivities fall by about as much
+_DEPTH = 5.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class BlockCost:
     plans: tuple[Plan, ...]
 
     def macs(self, plan: Plan) -> float:
-        """MACs of the converted block with `plan`."""
+        """MACs of the converted block with `plan`, without a correction."""
         low, high = self.plans[0].slots, self.plans[-1].slots
         if low == high:
             return float(self.finest)
@@ -36,122 +42,91 @@ class BlockCost:
         return self.coarsest + (self.finest - self.coarsest) * share
 
 
-def _total(costs: Mapping[str, BlockCost], rest: float, chosen: Mapping[str, int]) -> float:
-    return rest + sum(cost.macs(cost.plans[chosen[name]]) for name, cost in costs.items())
+@dataclass(frozen=True)
+class Choices:
+    """What one block can be set to, by rising slots: plans, their MACs and their losses."""
+
+    plans: tuple[Plan, ...]
+    macs: tuple[float, ...]
+    losses: tuple[float, ...]
 
 
-def _choose(cost: BlockCost, share: float) -> int:
-    """Index of the plan whose slots come closest to `share` of the finest plan's."""
-    wanted = share * cost.plans[-1].slots
-    return min(range(len(cost.plans)), key=lambda i: abs(cost.plans[i].slots - wanted))
+def guess_losses(plans: Sequence[Plan], depth: float) -> tuple[float, ...]:
+    """Loss of every plan of a block, from nothing but its place: a guess, not a measurement.
 
-
-def floor_ratio(costs: Mapping[str, BlockCost], dense: float) -> float:
-    """Whole-model MAC ratio with every region of every converted block at its coarsest."""
-    rest = dense - sum(cost.dense for cost in costs.values())
-    return _total(costs, rest, dict.fromkeys(costs, 0)) / dense
-
-
-def solve(costs: Mapping[str, BlockCost], dense: float, gamma: float) -> dict[str, Plan]:
-    """Plans with the largest whole-model MAC ratio not above `gamma`, equal shares first.
+    Early blocks lose most by coarse queries (everything later builds on their detail), and loss
+    grows faster than the slots that are saved.
 
     Args:
-        costs: per converted block.
-        dense: MACs of the dense model.
+        depth: of the block among the converted ones, 0 first to 1 last.
+    """
+    finest = plans[-1].slots
+    return tuple(math.exp(-_DEPTH * depth) * (1.0 - plan.slots / finest) ** 2 for plan in plans)
+
+
+def floor_ratio(choices: Mapping[str, Choices], rest: float, dense: float) -> float:
+    """Whole-model MAC ratio with every converted block at its cheapest.
+
+    Args:
+        rest: MACs outside the converted blocks. dense: MACs of the dense model.
+    """
+    return (rest + sum(min(c.macs) for c in choices.values())) / dense
+
+
+def solve(
+    choices: Mapping[str, Choices], rest: float, dense: float, gamma: float
+) -> dict[str, Plan]:
+    """The plans with the least total loss whose whole-model MAC ratio is at most `gamma`.
+
+    A knapsack over the blocks. Where it can, it spends the budget to within `SLACK`.
+
+    Args:
+        choices: per converted block.
+        rest: MACs outside the converted blocks. dense: MACs of the dense model.
         gamma: target ratio, in (0, 1]; 1 gives the finest plan everywhere.
 
     Raises:
         ValueError: gamma is under the floor.
     """
     if gamma >= 1.0:
-        return {name: cost.plans[-1] for name, cost in costs.items()}
-    rest = dense - sum(cost.dense for cost in costs.values())
-    limit = gamma * dense
-    floor = floor_ratio(costs, dense)
+        return {name: choice.plans[-1] for name, choice in choices.items()}
+    floor = floor_ratio(choices, rest, dense)
     if floor > gamma:
         raise ValueError(
             f"gamma={gamma:g} is under this model's floor of {floor:.3f}: with every region of all "
-            f"{len(costs)} converted blocks at its coarsest granularity, what remains is the keys "
-            f"and values of all tokens, one query per coarsest patch and the layers that are not "
-            f"converted ({rest / dense:.3f}). Use gamma >= {floor:.3f}, or coarser granularities."
+            f"{len(choices)} converted blocks at its coarsest granularity, what remains is the "
+            f"keys and values of all tokens, one query per coarsest patch and the layers that are "
+            f"not converted ({rest / dense:.3f}). Use gamma >= {math.ceil(floor * 1000) / 1000:g}, "
+            f"or coarser granularities."
         )
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        chosen = {name: _choose(cost, middle) for name, cost in costs.items()}
-        if _total(costs, rest, chosen) <= limit:
-            low = middle
-        else:
-            high = middle
-    chosen = {name: _choose(cost, low) for name, cost in costs.items()}
-    groups: dict[BlockCost, list[str]] = {}
-    for name, cost in costs.items():
-        groups.setdefault(cost, []).append(name)
-    # equal blocks stay equal as long as the budget is nearly met: they then share compiled kernels
-    _top_up(costs, rest, limit, chosen, list(groups.values()))
-    if limit - _total(costs, rest, chosen) > SLACK * dense:
-        _top_up(costs, rest, limit, chosen, [[name] for name in costs])
-    few_plans = all(len(cost.plans) <= 4 for cost in costs.values())
-    if limit - _total(costs, rest, chosen) > (SLACK if few_plans else BAND) * dense:
-        _fill(costs, rest, limit, dense, chosen)
-    return {name: cost.plans[chosen[name]] for name, cost in costs.items()}
-
-
-def _top_up(
-    costs: Mapping[str, BlockCost],
-    rest: float,
-    limit: float,
-    chosen: dict[str, int],
-    groups: list[list[str]],
-) -> None:
-    """Spend what rounding left: raise the group with the smallest share while it still fits."""
-    spent = _total(costs, rest, chosen)
-    open_ = list(groups)
-    while open_:
-        group = min(
-            open_,
-            key=lambda g: costs[g[0]].plans[chosen[g[0]]].slots / costs[g[0]].plans[-1].slots,
-        )
-        cost, index = costs[group[0]], chosen[group[0]]
-        step = 0.0
-        if index + 1 < len(cost.plans):
-            step = len(group) * (cost.macs(cost.plans[index + 1]) - cost.macs(cost.plans[index]))
-        if not step or spent + step > limit:
-            open_.remove(group)
-            continue
-        for name in group:
-            chosen[name] = index + 1
-        spent += step
-
-
-def _fill(
-    costs: Mapping[str, BlockCost], rest: float, limit: float, dense: float, chosen: dict[str, int]
-) -> None:
-    """The combination of plans that spends most of the budget (a knapsack), finest first.
-
-    For blocks with few plans (one granularity per layer), where raising one at a time gets stuck.
-    """
-    unit = dense / 4000
-    reachable: dict[int, tuple[int, ...]] = {0: ()}
-    names = list(costs)
-    for name in names:
-        following: dict[int, tuple[int, ...]] = {}
-        for spent, picks in reachable.items():
-            for index in reversed(range(len(costs[name].plans))):
-                total = spent + math.ceil(costs[name].macs(costs[name].plans[index]) / unit)
-                if total * unit <= limit - rest:
-                    following.setdefault(total, (*picks, index))
-        reachable = following
-    if not reachable:
-        return
-    best = list(reachable[max(reachable)])
-    if _total(costs, rest, dict(zip(names, best, strict=True))) <= _total(costs, rest, chosen):
-        return
-    for cost in set(costs.values()):
-        # among equal blocks the early ones matter most
-        places = [i for i, name in enumerate(names) if costs[name] == cost]
-        for place, index in zip(
-            places, sorted((best[p] for p in places), reverse=True), strict=True
-        ):
-            best[place] = index
-    chosen.update(zip(names, best, strict=True))
+    spare = (gamma - floor) * dense
+    unit = spare / _UNITS if spare > 0 else 1.0
+    best = torch.full((_UNITS + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    picks = []
+    for choice in choices.values():
+        cheapest = min(choice.macs)
+        following = torch.full_like(best, torch.inf)
+        pick = torch.zeros(_UNITS + 1, dtype=torch.int64)
+        for index, (macs, loss) in enumerate(zip(choice.macs, choice.losses, strict=True)):
+            units = math.ceil((macs - cheapest) / unit - 1e-9)
+            if units > _UNITS:
+                continue
+            total = best[: _UNITS + 1 - units] + loss
+            place = following[units:]
+            better = total < place
+            place[better] = total[better]
+            pick[units:][better] = index
+        best = following
+        picks.append(pick)
+    start = max(0, _UNITS - int(SLACK * dense / unit))
+    if not bool(torch.isfinite(best[start:]).any()):
+        start = 0
+    spent = start + int(best[start:].argmin())
+    chosen: dict[str, Plan] = {}
+    for name, pick in zip(reversed(list(choices)), reversed(picks), strict=True):
+        choice = choices[name]
+        index = int(pick[spent])
+        chosen[name] = choice.plans[index]
+        spent -= math.ceil((choice.macs[index] - min(choice.macs)) / unit - 1e-9)
+    return {name: chosen[name] for name in choices}

@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 from dgefx.config import DGEConfig
 from dgefx.nn.hierarchy import divides, max_region_cost, patch_count, side_counts
+from dgefx.nn.nested_capacity import nested_budgets, nested_capacities
 
 _STEPS = 400
 _FEW_REGIONS = 4
 
 
 class Plan(NamedTuple):
-    """Slots per level on one grid."""
+    """Slots per level on one grid; `budgets` only under nested routing."""
 
     capacities: tuple[int, ...]
+    budgets: tuple[int, ...] = ()  # see `dgefx.nn.nested_capacity`
 
     @property
     def slots(self) -> int:
@@ -55,10 +57,19 @@ def _region_costs(grid: tuple[int, int], side: int, region: int) -> list[int]:
     return sorted({h * w for h in per_axis[0] for w in per_axis[1]})
 
 
+def plan_of(grid: tuple[int, int], config: DGEConfig, capacities: tuple[int, ...]) -> Plan:
+    """The plan with given slots per level, as `Plan.capacities` lists them."""
+    if config.routing != "nested":
+        return Plan(capacities)
+    return Plan(capacities, nested_budgets(grid, config, capacities))
+
+
 def plan_from_fractions(
     grid: tuple[int, int], config: DGEConfig, fractions: tuple[float, ...]
 ) -> Plan:
     """Slots per level when `fractions` (one per level, sum 1) of the grid have each granularity."""
+    if config.routing == "nested":
+        return plan_of(grid, config, nested_capacities(grid, config, fractions))
     totals = [patch_count(grid, side) for side in config.granularities]
     for level, fraction in enumerate(fractions):
         if fraction >= 1.0 - 1e-9:

@@ -4,6 +4,9 @@ A grid of H x W tokens has, at every level, ceil(H / side) x ceil(W / side) patc
 order, clipped at the right and bottom border. Regions are patches of the region side. Because
 every side divides the next and the region, a patch never straddles a region. All tables are
 integer arithmetic on the sides, built once at the converted size and again for any other size.
+
+With nested routing the region is the second patch side, and the patches of coarser levels hold
+several regions, which then all carry their level.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ class LevelTables(NamedTuple):
     """One level of the hierarchy; N tokens, P patches, R regions; all int64."""
 
     token_patch: Tensor  # (N,) patch of every token
-    patch_region: Tensor  # (P,) region of every patch
+    patch_region: Tensor  # (P,) region of every patch; the first, where it holds several
     patch_tokens: Tensor  # (P,) tokens in every (possibly clipped) patch
-    region_cost: Tensor  # (R,) patches in every region
+    region_cost: Tensor  # (R,) patches in (that begin in, where they are larger) every region
 
 
 def side_counts(grid: tuple[int, int], side: int) -> tuple[int, int]:
@@ -57,22 +60,84 @@ def level_tables(
     height, width = grid
     rows, columns = side_counts(grid, side)
     region_columns = side_counts(grid, region)[1]
-    per_region = region // side
+    per_region = max(region // side, 1)
     token_row = torch.arange(height, device=device)[:, None]
     token_column = torch.arange(width, device=device)
     token_patch = (token_row // side) * columns + token_column // side
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)
-    patch_region = (row // per_region) * region_columns + column // per_region
+    stride = max(side // region, 1)
+    patch_region = (row * stride // per_region) * region_columns + column * stride // per_region
     # patches per region along each axis: fewer in a clipped region
     region_rows = _axis_patch_sizes(rows, per_region, device)
     region_cols = _axis_patch_sizes(columns, per_region, device)
     tokens = _axis_patch_sizes(height, side, device)[:, None] * _axis_patch_sizes(
         width, side, device
     )
+    if side > region:
+        region_rows = _starts(side_counts(grid, region)[0], stride, device)
+        region_cols = _starts(region_columns, stride, device)
     return LevelTables(
         token_patch.reshape(-1),
         patch_region.reshape(-1),
         tokens.reshape(-1),
         (region_rows[:, None] * region_cols).reshape(-1),
     )
+
+
+def _starts(regions: int, stride: int, device: torch.device) -> Tensor:
+    """(regions,) 1 where a patch of `stride` regions begins."""
+    return (torch.arange(regions, device=device) % stride == 0).long()
+
+
+def parent_table(grid: tuple[int, int], fine: int, coarse: int, device: torch.device) -> Tensor:
+    """(P,) patch of side `coarse` that holds each patch of side `fine`."""
+    rows, columns = side_counts(grid, fine)
+    ratio = coarse // fine
+    row = torch.arange(rows, device=device)[:, None] // ratio
+    column = torch.arange(columns, device=device) // ratio
+    return (row * side_counts(grid, coarse)[1] + column).reshape(-1)
+
+
+def children_table(grid: tuple[int, int], fine: int, coarse: int, device: torch.device) -> Tensor:
+    """(P,) patches of side `fine` in each patch of side `coarse`."""
+    rows, columns = side_counts(grid, fine)
+    ratio = coarse // fine
+    sizes = _axis_patch_sizes(rows, ratio, device)[:, None] * _axis_patch_sizes(
+        columns, ratio, device
+    )
+    return sizes.reshape(-1)
+
+
+def children_counts(grid: tuple[int, int], fine: int, coarse: int) -> list[tuple[int, int]]:
+    """(children, how many patches have so many), most children first; see `children_table`."""
+    ratio = coarse // fine
+    axes = []
+    for cells in side_counts(grid, fine):
+        whole, rest = divmod(cells, ratio)
+        axes.append(([(ratio, whole)] if whole else []) + ([(rest, 1)] if rest else []))
+    counts: dict[int, int] = {}
+    for height, rows in axes[0]:
+        for width, columns in axes[1]:
+            counts[height * width] = counts.get(height * width, 0) + rows * columns
+    return sorted(counts.items(), reverse=True)
+
+
+def nested_levels(levels: Tensor, grid: tuple[int, int], sides: tuple[int, ...]) -> Tensor:
+    """Make any levels valid for nested routing: a coarse patch has its first region's level.
+
+    Args:
+        levels: (B, R) over patches of the second side.
+
+    Returns:
+        (B, R), equal within every patch that is not split.
+    """
+    result = levels.clamp(max=1)
+    held = torch.zeros_like(levels, dtype=torch.bool)
+    for level in range(len(sides) - 1, 1, -1):
+        first = level_tables(grid, sides[level], sides[1], levels.device).patch_region
+        parent = parent_table(grid, sides[1], sides[level], levels.device)
+        coarse = (levels[:, first] >= level)[:, parent] & ~held
+        result = torch.where(coarse, level, result)
+        held = held | coarse
+    return result

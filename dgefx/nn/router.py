@@ -8,19 +8,47 @@ numbers the slots; the block's kernels read the result.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from dgefx.config import DGEConfig
-from dgefx.kernels.allocate import allocate_levels, assign_slots
-from dgefx.kernels.pool import patch_means, patch_sums, sum_children
+from dgefx.kernels.allocate import allocate_levels, allocate_nested, assign_slots
+from dgefx.kernels.correction import Correction, mean_features
+from dgefx.kernels.pool import patch_means, patch_sums, pool, sum_children
 from dgefx.kernels.routing import Routing
+from dgefx.kernels.rows import gather_rows
 from dgefx.nn.capacity import Plan, rescale
-from dgefx.nn.hierarchy import LevelTables, divides, level_tables, max_region_cost, side_counts
+from dgefx.nn.detail import importance_logits, nested_gains, patch_energies, region_gains
+from dgefx.nn.hierarchy import (
+    LevelTables,
+    children_table,
+    divides,
+    level_tables,
+    max_region_cost,
+    parent_table,
+    side_counts,
+)
 
 FINEST_PROBABILITY = 0.95
+
+
+class NestedTables(NamedTuple):
+    """Between level l and the next coarser one, see `dgefx.kernels.allocate.allocate_nested`."""
+
+    parents: Tensor
+    holders: Tensor
+    children: Tensor
+
+
+class Scores(NamedTuple):
+    """What the router knows of a batch before it decides."""
+
+    tables: list[LevelTables]
+    sums: list[Tensor]  # per level (B, rows, columns, C)
+    energies: list[Tensor] | None  # per level (B, rows, columns, 1), see `patch_energies`
+    logits: Tensor | None  # (B, R, levels) of the learned gate
 
 
 class Router(nn.Module):
@@ -32,15 +60,29 @@ class Router(nn.Module):
         prefix: tokens in front of the grid (class, distillation, registers).
         channels: C of the residual stream.
         plan: slots per level at the converted size.
+        order: the block's own layout of the stream, for those who look at its output.
+
+    Attributes:
+        importance: (C,) or None; fitted by `dgefx.calibrate`, weighs the detail of a region.
+        correction_down, correction_up: (2 C + 1, k) and (k, C) or None; fitted by
+            `dgefx.calibrate`, see `dgefx.kernels.correction`.
 
     Shape:
         tokens (B, prefix + H*W, C) -> `Routing`.
     """
 
     def __init__(
-        self, config: DGEConfig, grid: tuple[int, int], prefix: int, channels: int, plan: Plan
+        self,
+        config: DGEConfig,
+        grid: tuple[int, int],
+        prefix: int,
+        channels: int,
+        plan: Plan,
+        order: str = "BNC",
     ) -> None:
         super().__init__()
+        self.channels = channels
+        self.order = order
         self.config = config
         self.grid = grid
         self.prefix = prefix
@@ -49,6 +91,15 @@ class Router(nn.Module):
             tables = level_tables(grid, side, config.region_side, torch.device("cpu"))
             for name, table in zip(LevelTables._fields, tables, strict=True):
                 self.register_buffer(f"{name}_{level}", table, persistent=False)
+        if config.routing == "nested":
+            for level in range(config.levels - 1):
+                nested = self._build_nested(level, grid, torch.device("cpu"))
+                for name, table in zip(NestedTables._fields, nested, strict=True):
+                    self.register_buffer(f"{name}_{level}", table, persistent=False)
+        self.importance: Tensor | None
+        self.register_buffer("importance", None)
+        self.correction_down: nn.Parameter | None = None
+        self.correction_up: nn.Parameter | None = None
         self.gate: nn.Linear | None = None
         if config.router == "linear":
             self.gate = nn.Linear(channels, config.levels)
@@ -82,20 +133,171 @@ class Router(nn.Module):
             ]
         return [level_tables(grid, side, self.config.region_side, device) for side in sides]
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Routing:
-        plan = rescale(self.plan, self.grid, grid, self.config)
+    def _build_nested(
+        self, level: int, grid: tuple[int, int], device: torch.device
+    ) -> NestedTables:
+        sides = self.config.granularities
+        fine, coarse = sides[level], sides[level + 1]
+        return NestedTables(
+            parent_table(grid, fine, coarse, device),
+            parent_table(grid, sides[1], coarse, device),
+            children_table(grid, fine, coarse, device),
+        )
+
+    def nested_tables(self, grid: tuple[int, int], device: torch.device) -> list[NestedTables]:
+        """Per level but the coarsest; like `tables`, for nested routing."""
+        levels = range(self.config.levels - 1)
+        if grid != self.grid:
+            return [self._build_nested(level, grid, device) for level in levels]
+        return [
+            NestedTables(
+                *(cast(Tensor, getattr(self, f"{n}_{level}")) for n in NestedTables._fields)
+            )
+            for level in levels
+        ]
+
+    @property
+    def correction(self) -> Correction | None:
+        """The fitted correction of the un-pooled update, if there is one."""
+        if self.correction_down is None or self.correction_up is None:
+            return None
+        return Correction(self.correction_down, self.correction_up)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return cast(Tensor, self.patch_region_0).device
+
+    def set_importance(self, weight: Tensor | None) -> None:
+        """Give the detail score an importance, (C,), or take it away."""
+        self.importance = None if weight is None else weight.to(self.device)
+
+    def set_correction(self, weights: Correction | None) -> None:
+        """Give the block a correction, or take it away."""
+        if weights is None:
+            self.correction_down = self.correction_up = None
+            return
+        down, up = (w.detach().to(self.device) for w in weights)
+        self.correction_down, self.correction_up = nn.Parameter(down), nn.Parameter(up)
+
+    def scores(self, tokens: Tensor, grid: tuple[int, int]) -> Scores:
+        """Sums, energies and gate logits of `tokens`."""
         tables = self.tables(grid, tokens.device)
         sums = patch_sums(tokens[:, self.prefix :], grid, self.config.granularities)
         logits = None if self.gate is None else self._gate_logits(sums, tables, grid)
+        energies = None
+        if logits is None or self.correction is not None:
+            with torch.no_grad():
+                energies = patch_energies(sums, self._patch_counts(tables, grid))
+        return Scores(tables, sums, energies, logits)
+
+    def gains(self, scores: Scores, grid: tuple[int, int]) -> list[Tensor]:
+        """What a finer level gains per query: per level but the coarsest.
+
+        (B, R) each; under nested routing (B, patches of the next coarser level).
+        """
+        if scores.logits is not None:
+            steps = (scores.logits[..., :-1] - scores.logits[..., 1:]).detach().float()
+            return list(steps.unbind(-1))
+        assert scores.energies is not None
+        logits = None
+        if self.importance is not None:
+            cells = self._region_means(scores.sums, scores.tables, grid)
+            logits = importance_logits(cells, self.importance)
+        sides = self.config.granularities
+        if self.config.routing == "nested":
+            nested = self.nested_tables(grid, scores.sums[0].device)
+            shapes = [(*side_counts(grid, side), 1) for side in sides[1:]]
+            children = [t.children.view(s) for t, s in zip(nested, shapes, strict=True)]
+            ratios = [coarse // fine for fine, coarse in pairwise(sides)]
+            return nested_gains(scores.energies, ratios, children, logits)
+        factors = [self.config.region_side // side for side in sides]
+        costs = [t.region_cost for t in scores.tables]
+        return list(region_gains(scores.energies, factors, costs, logits).unbind(-1))
+
+    def level_fractions(self, gains: list[Tensor], threshold: float) -> tuple[float, ...]:
+        """Share of the grid at every level when all that gains more than `threshold` is split.
+
+        Args:
+            gains: as `gains` returns them, any number of images at the converted size.
+        """
+        last = self.config.levels - 1
+        tokens = self.tables(self.grid, torch.device("cpu"))[0].region_cost.cpu()
+        levels = torch.full((gains[0].shape[0], len(tokens)), last)
+        if self.config.routing != "nested":
+            for level in reversed(range(last)):
+                levels = torch.where(gains[level] > threshold, level, levels)
+        else:
+            split = torch.ones_like(gains[-1], dtype=torch.bool)
+            for level in reversed(range(last)):
+                nested = self._build_nested(level, self.grid, torch.device("cpu"))
+                split = split & (gains[level] > threshold)
+                levels = torch.where(split[:, nested.holders] if level else split, level, levels)
+                if level:
+                    split = split[:, nested.parents]
+        return tuple(
+            float(torch.where(levels == level, tokens, 0).sum() / (tokens.sum() * len(levels)))
+            for level in range(last + 1)
+        )
+
+    def region_means(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, rows, columns, C): the mean token of every region of (B, prefix + H*W, C)."""
+        scores = self.scores(tokens, grid)
+        return self._region_means(scores.sums, scores.tables, grid)
+
+    def correction_features(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """(B, H*W, 2 C + 1): what the correction of every token is a linear map of."""
+        tables = self.tables(routing.grid, tokens.device)
+        sums = patch_sums(tokens[:, self.prefix :], routing.grid, self.config.granularities)
+        energies = patch_energies(sums, self._patch_counts(tables, routing.grid))
+        lost = self._lost_shares(energies, routing.patches)
+        queries = pool(tokens, routing)[:, self.prefix :]
+        spread = gather_rows(
+            torch.cat([mean_features(queries, lost), queries], -1), routing.token_slot
+        )
+        features, mean = spread[..., : self.channels + 1], spread[..., self.channels + 1 :]
+        return torch.cat([features, tokens[:, self.prefix :] - mean], -1)
+
+    def correction_macs(self, plan: Plan) -> int:
+        """MACs per image of the correction under `plan`."""
+        weights = self.correction
+        if weights is None or not any(plan.capacities[1:]):
+            return 0
+        rank, channels = weights.up.shape
+        grid_tokens = self.grid[0] * self.grid[1]
+        return rank * (2 * channels * grid_tokens + (2 * channels + 1) * plan.slots)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Routing:
+        plan = rescale(self.plan, self.grid, grid, self.config)
+        scores = self.scores(tokens, grid)
         with torch.no_grad():
-            if logits is None:
-                gains = self._detail_gains(sums, tables, grid)
-            else:
-                gains = (logits[..., :-1] - logits[..., 1:]).float()
-            levels = allocate_levels(
-                gains, [t.region_cost for t in tables], plan.capacities, self._uniform_costs(grid)
-            )
-        return self._routing(tokens, grid, sums, tables, levels, plan, logits)
+            levels = self._allocate(self.gains(scores, grid), scores.tables, plan, grid)
+        return self._routing(tokens, grid, scores, levels, plan)
+
+    def _allocate(
+        self, gains: list[Tensor], tables: list[LevelTables], plan: Plan, grid: tuple[int, int]
+    ) -> Tensor:
+        sides = self.config.granularities
+        if not gains:
+            regions = tables[0].region_cost.shape[0]
+            return torch.zeros((1, regions), dtype=torch.int64, device=tables[0].region_cost.device)
+        if self.config.routing != "nested":
+            costs = [t.region_cost for t in tables]
+            stacked = torch.stack(gains, -1)
+            return allocate_levels(stacked, costs, plan.capacities, self._uniform_costs(grid))
+        nested = self.nested_tables(grid, gains[0].device)
+        uniform = [
+            (coarse // fine) ** 2 if divides(grid, coarse) else None
+            for fine, coarse in pairwise(sides)
+        ]
+        return allocate_nested(
+            gains,
+            [t.children for t in nested],
+            [t.parents for t in nested],
+            [t.holders for t in nested],
+            plan.budgets,
+            uniform,
+        )
 
     def routing_for(
         self, tokens: Tensor, levels: Tensor, grid: tuple[int, int] | None = None
@@ -108,13 +310,14 @@ class Router(nn.Module):
             grid: (H, W); the converted size if None.
         """
         grid = self.grid if grid is None else grid
-        tables = self.tables(grid, tokens.device)
+        scores = self.scores(tokens, grid)
         needed = [
             int(torch.where(levels == level, table.region_cost, 0).sum(1).max())
-            for level, table in enumerate(tables)
+            for level, table in enumerate(scores.tables)
         ]
-        sums = patch_sums(tokens[:, self.prefix :], grid, self.config.granularities)
-        return self._routing(tokens, grid, sums, tables, levels, Plan(tuple(needed)), None)
+        return self._routing(
+            tokens, grid, scores._replace(logits=None), levels, Plan(tuple(needed))
+        )
 
     def _uniform_costs(self, grid: tuple[int, int]) -> list[int | None]:
         region = self.config.region_side
@@ -122,63 +325,60 @@ class Router(nn.Module):
             return [None] * self.config.levels
         return [max_region_cost(grid, side, region) for side in self.config.granularities]
 
-    def _region_sums(self, cells: Tensor, level: int) -> Tensor:
-        """(B, rows, columns, 1) per patch to (B, R) per region."""
-        factor = self.config.region_side // self.config.granularities[level]
-        return sum_children(cells, factor).flatten(1)
+    def _patch_counts(self, tables: list[LevelTables], grid: tuple[int, int]) -> list[Tensor | int]:
+        """Tokens in the patches of every level: one number where all are whole."""
+        counts: list[Tensor | int] = []
+        for side, table in zip(self.config.granularities, tables, strict=True):
+            shape = (*side_counts(grid, side), 1)
+            counts.append(side**2 if divides(grid, side) else table.patch_tokens.view(shape))
+        return counts
 
-    def _detail_gains(
+    def _region_means(
         self, sums: list[Tensor], tables: list[LevelTables], grid: tuple[int, int]
     ) -> Tensor:
-        """(B, R, L - 1) variance that level l keeps over level l + 1, per query it costs more.
-
-        Sum over a patch of ||x - mean||^2 = sum ||x||^2 - ||sum x||^2 / n, so the variance
-        between two levels is a difference of per-patch energies.
-        """
-        energies = []
-        for level, total in enumerate(sums):
-            squared = total.detach().float().square().sum(-1, keepdim=True)
-            side = self.config.granularities[level]
-            if side > 1:
-                if divides(grid, side):
-                    squared = squared * (1.0 / side**2)
-                else:
-                    squared = squared / tables[level].patch_tokens.view(*squared.shape[1:])
-            energies.append(self._region_sums(squared, level))
-        gains = []
-        for (fine, fine_table), (coarse, coarse_table) in pairwise(
-            zip(energies, tables, strict=True)
-        ):
-            price = (fine_table.region_cost - coarse_table.region_cost).clamp(min=1)
-            gains.append((fine - coarse) / price)
-        return (
-            torch.stack(gains, -1)
-            if gains
-            else sums[0].new_zeros(sums[0].shape[0], tables[0].region_cost.shape[0], 0)
-        )
+        """(B, rows, columns, C): the mean token of every region."""
+        sides, region = self.config.granularities, self.config.region_side
+        if region in sides:
+            level = sides.index(region)
+            return sums[level] / self._patch_counts(tables, grid)[level]
+        total = sum_children(sums[-1], region // sides[-1])
+        return total / tables[0].region_cost.view(*side_counts(grid, region), 1)
 
     def _gate_logits(
         self, sums: list[Tensor], tables: list[LevelTables], grid: tuple[int, int]
     ) -> Tensor:
         """(B, R, L): one linear layer on every region's mean token (paper, eq. 1)."""
         assert self.gate is not None
-        region = self.config.region_side
-        total = sum_children(sums[-1], region // self.config.granularities[-1])
-        rows, columns = side_counts(grid, region)
-        tokens = tables[0].region_cost.view(rows, columns, 1)
-        mean = (total / tokens).flatten(1, 2).to(self.gate.weight.dtype)
-        return self.gate(mean)
+        mean = self._region_means(sums, tables, grid).flatten(1, 2)
+        return self.gate(mean.to(self.gate.weight.dtype))
+
+    def _lost_shares(self, energies: list[Tensor], patches: tuple[Tensor | None, ...]) -> Tensor:
+        """(B, slots): share of a patch's energy that its mean does not hold, 0 for tokens."""
+        whole = energies[0]
+        parts = []
+        for level, ids in enumerate(patches):
+            if level:
+                sides = self.config.granularities
+                whole = sum_children(whole, sides[level] // sides[level - 1])
+            if ids is None:
+                continue
+            if not level:
+                parts.append(torch.zeros_like(ids, dtype=whole.dtype))
+                continue
+            lost = 1.0 - energies[level] / whole.clamp(min=1e-12)
+            parts.append(lost.clamp(0.0, 1.0).flatten(1).gather(1, ids))
+        return torch.cat(parts, 1)
 
     def _routing(
         self,
         tokens: Tensor,
         grid: tuple[int, int],
-        sums: list[Tensor],
-        tables: list[LevelTables],
+        scores: Scores,
         levels: Tensor,
         plan: Plan,
-        logits: Tensor | None,
     ) -> Routing:
+        tables, sums, logits = scores.tables, scores.sums, scores.logits
+        levels = levels.expand(tokens.shape[0], -1)
         patches, token_slot = assign_slots(
             levels,
             [t.patch_region for t in tables],
@@ -192,6 +392,12 @@ class Router(nn.Module):
         gate = None
         if logits is not None and self.training and torch.is_grad_enabled():
             gate = _straight_through(logits, levels, patches, tables)
+        correction = lost = None
+        if any(plan.capacities[1:]):
+            correction = self.correction
+        if correction is not None and scores.energies is not None:
+            with torch.no_grad():
+                lost = self._lost_shares(scores.energies, patches)
         return Routing(
             levels=levels,
             patches=patches,
@@ -204,6 +410,8 @@ class Router(nn.Module):
             prefix=self.prefix,
             granularities=self.config.granularities,
             region=self.config.region_side,
+            correction=correction,
+            lost=lost,
         )
 
 

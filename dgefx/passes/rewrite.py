@@ -105,7 +105,8 @@ def build_block(
 ) -> DGEBlock:
     """The converted block around `dense`, whose parameters it shares; finest unless told."""
     chosen = plans(plan.layout.grid, config)[-1] if capacities is None else capacities
-    router = Router(config, plan.layout.grid, plan.layout.prefix, plan.channels, chosen)
+    layout = plan.layout
+    router = Router(config, layout.grid, layout.prefix, plan.channels, chosen, layout.order)
     router.train(dense.training)
     parameter = next(dense.parameters(), None)
     if parameter is not None:

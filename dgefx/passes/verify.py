@@ -19,7 +19,7 @@ from dgefx.config import DGEConfig
 from dgefx.kernels.layout import from_tokens
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.capacity import region_count
-from dgefx.nn.hierarchy import level_tables, patch_count
+from dgefx.nn.hierarchy import level_tables, nested_levels, patch_count
 from dgefx.passes.capture import Call
 from dgefx.passes.forms import randomise_constants
 from dgefx.passes.grid import Layout
@@ -117,7 +117,10 @@ def random_levels(block: DGEBlock, images: int, generator: torch.Generator) -> T
     """(B, R) random granularities for a block."""
     router = block.dge_router
     regions = region_count(router.grid, router.config.region_side)
-    return torch.randint(0, router.config.levels, (images, regions), generator=generator)
+    levels = torch.randint(0, router.config.levels, (images, regions), generator=generator)
+    if router.config.routing == "nested" and router.config.levels > 1:
+        return nested_levels(levels, router.grid, router.config.granularities)
+    return levels
 
 
 def verify_block(

@@ -1,0 +1,176 @@
+"""Calibration images: any iterable of model inputs to checked calls of one size.
+
+First step of `dgefx.calibrate`; nothing of the model is touched before all images were read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgefx.passes.capture import Call
+
+#: names under which data sets keep images, if the model's own parameter name is not among them
+_IMAGE_KEYS = ("pixel_values", "image", "images", "img", "x", "input")
+
+
+class ExampleCall:
+    """How the model was called at conversion: which arguments are tensors, and of which shape.
+
+    Args:
+        described: as `dgefx.convert.describe_call` writes it.
+    """
+
+    def __init__(self, described: list[Any], model: nn.Module) -> None:
+        args, kwargs = described
+        self.args, self.kwargs = list(args), dict(kwargs)
+        self.slots: list[int | str] = [i for i, a in enumerate(self.args) if "shape" in a]
+        self.slots += [k for k, v in self.kwargs.items() if "shape" in v]
+        self.first = self.slots[0]
+        names = [p for p in inspect.signature(model.forward).parameters if p != "self"]
+        own = self.first if isinstance(self.first, str) else (names or ["x"])[0]
+        self.image_keys = (own, *_IMAGE_KEYS)
+
+    def described(self, slot: int | str) -> Any:
+        return self.args[slot] if isinstance(slot, int) else self.kwargs[slot]
+
+    def tensors(self, item: Any, index: int) -> dict[int | str, Any]:
+        """The tensors of one item of the iterable, by the argument they are."""
+        if isinstance(item, Tensor):
+            found: dict[int | str, Any] = {self.first: item}
+        elif isinstance(item, Mapping):
+            found = {slot: item[slot] for slot in self.slots if slot in item}
+            if self.first not in found:
+                key = next((k for k in self.image_keys if k in item), None)
+                if key is None:
+                    raise ValueError(
+                        f"images: item {index} is a dict with {sorted(map(str, item))}, but the "
+                        f"model's images are called {self.image_keys[0]!r}"
+                    )
+                found[self.first] = item[key]
+        elif isinstance(item, (tuple, list)) and item:
+            if isinstance(item[0], Mapping):
+                return self.tensors(item[0], index)
+            found = dict(zip(self.slots, item, strict=False))
+        else:
+            raise TypeError(
+                f"images must yield tensors, tuples that begin with one, or dicts; item {index} "
+                f"is {type(item).__name__}"
+            )
+        missing = [slot for slot in self.slots if slot not in found]
+        if missing:
+            raise ValueError(
+                f"images: item {index} lacks the argument(s) {missing} that the model was "
+                f"converted with"
+            )
+        return found
+
+    def call(self, tensors: dict[int | str, Tensor]) -> Call:
+        """(args, kwargs) with `tensors` in their places."""
+
+        def value(slot: int | str, described: Any) -> Any:
+            if slot in tensors:
+                return tensors[slot]
+            if "unknown" in described:
+                raise ValueError(
+                    f"images: the model was converted with an argument of type "
+                    f"{described['unknown']}, which calibration cannot supply"
+                )
+            return described["value"]
+
+        args = tuple(value(i, d) for i, d in enumerate(self.args))
+        return args, {k: value(k, d) for k, d in self.kwargs.items()}
+
+
+def _checked(value: Any, wanted: Any, index: int) -> Tensor:
+    """A batch of images of the shape at conversion."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"images: item {index} holds {type(value).__name__} where the model takes a tensor; "
+            f"apply the model's transform first"
+        )
+    shape = list(wanted["shape"])
+    batch = value.detach()
+    if batch.dim() == len(shape) - 1:
+        batch = batch.unsqueeze(0)
+    if batch.dim() != len(shape) or list(batch.shape[1:]) != shape[1:]:
+        raise ValueError(
+            f"images: item {index} has shape {tuple(value.shape)}, but the model was converted for "
+            f"{tuple(shape[1:])} per image, the size its budget holds at; resize the images, or "
+            f"convert with example_inputs of their size"
+        )
+    dtype = getattr(torch, wanted["dtype"])
+    if dtype.is_floating_point and not batch.is_floating_point():
+        raise TypeError(
+            f"images: item {index} is {batch.dtype}, the model takes {wanted['dtype']}; apply the "
+            f"model's transform (scaling and normalisation) first"
+        )
+    if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+        raise ValueError(f"images: item {index} holds NaN or infinity")
+    return batch
+
+
+def read_images(
+    images: Iterable[Any], example: ExampleCall, limit: int, batch_size: int
+) -> list[dict[int | str, Tensor]]:
+    """Batches of at most `batch_size` images; at most `limit` images are read.
+
+    Args:
+        images: tensors (one image or a batch), tuples that begin with the model's tensors (what
+            follows, such as labels, is ignored), or dicts; or one tensor with all images.
+
+    Raises:
+        TypeError, ValueError: not iterable, empty, another shape or dtype, NaN.
+    """
+    if isinstance(images, Tensor) and images.dim() == len(
+        example.described(example.first)["shape"]
+    ):
+        images = [images]
+    if isinstance(images, (str, bytes, Mapping)) or not hasattr(images, "__iter__"):
+        raise TypeError(
+            f"images must be an iterable of model inputs (a DataLoader, a list of tensors, a "
+            f"tensor of images), found {type(images).__name__}"
+        )
+    columns: dict[int | str, list[Tensor]] = {slot: [] for slot in example.slots}
+    count = 0
+    for index, item in enumerate(_until(images)):
+        found = example.tensors(item, index)
+        batches = {
+            slot: _checked(found[slot], example.described(slot), index) for slot in example.slots
+        }
+        sizes = {slot: batch.shape[0] for slot, batch in batches.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"images: item {index} has tensors of different batch sizes {sizes}")
+        for slot, batch in batches.items():
+            columns[slot].append(batch[: limit - count])
+        count += min(next(iter(sizes.values())), limit - count)
+        if count >= limit:
+            break
+    if not count:
+        raise ValueError("images is empty: calibration needs at least one image, 100 are plenty")
+    whole = {slot: torch.cat(parts) for slot, parts in columns.items()}
+    return [
+        {slot: tensor[start : start + batch_size] for slot, tensor in whole.items()}
+        for start in range(0, count, batch_size)
+    ]
+
+
+def _until(images: Iterable[Any]) -> Iterator[Any]:
+    yield from images
+
+
+def placed(batch: dict[int | str, Tensor], model: nn.Module, example: ExampleCall) -> Call:
+    """The call of one batch on the model's device, floating images in the model's dtype."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return example.call(dict(batch))
+    return example.call(
+        {
+            slot: t.to(parameter.device, parameter.dtype if t.is_floating_point() else t.dtype)
+            for slot, t in batch.items()
+        }
+    )
