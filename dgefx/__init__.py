@@ -3,6 +3,7 @@
 from dgefx.calibrate import calibrate, set_budget
 from dgefx.config import DGEConfig
 from dgefx.convert import convert, explain, report, revert
+from dgefx.maps import granularity_maps, plot_granularity, plot_sensitivity
 from dgefx.report import BlockReport, Report
 from dgefx.serialize import load, save
 
@@ -15,7 +16,10 @@ __all__ = [
     "calibrate",
     "convert",
     "explain",
+    "granularity_maps",
     "load",
+    "plot_granularity",
+    "plot_sensitivity",
     "report",
     "revert",
     "save",

@@ -27,7 +27,7 @@ from dgefx.calibration.sensitivity import (
     interpolate,
     measured_plans,
 )
-from dgefx.nn.budget import floor_ratio, solve
+from dgefx.nn.budget import floor_ratio, guess_losses, solve
 from dgefx.nn.capacity import Plan, plans
 from dgefx.passes.capture import Call
 from dgefx.record import (
@@ -42,7 +42,7 @@ from dgefx.record import (
 )
 
 _SEED = 0
-#: budget at which corrections are fitted where the model's own would leave little to correct
+#: budget at which corrections are fitted where the model's own leaves nothing to correct
 _MIDDLE_GAMMA = 0.5
 #: a correction stays if it lowers the routed model's distance to less than this share
 _WORTHWHILE = 0.995
@@ -125,10 +125,7 @@ def calibrate(
     with _preserved(target, record):
         calls = _Calls(target, example, batches)
         session = _Session(target, record, calls, distance, correction_rank, progress)
-        record.calibration = session.measure()
-        if correction_rank != 0:
-            session.correct(value)
-        session.bar.close()
+        session.run(value)
         apply_budget(target, record, value)
     return model
 
@@ -214,49 +211,96 @@ class _Session:
             router.set_correction(None)
             router.plan = plans(router.grid, router.config)[-1]
         self.kind = self._kind(wanted)
-        steps = 2 + len(self.blocks) * (1 if rank == 0 else 3)
+        passes = 2 + len(self.blocks) * (1 if rank == 0 else 3)
         self.bar = tqdm(
-            total=len(calls) * steps, desc="calibrate", unit="step", disable=not progress
+            total=len(calls) * passes, desc="calibrate", unit="pass", disable=not progress
         )
 
     @torch.no_grad()
-    def measure(self) -> Calibration:
-        """Importance, and the table of losses; the blocks are left at their finest plans."""
-        self._fit_importance()
-        return Calibration(self.kind, self.calls.images, self._measure(self._candidates()))
+    def run(self, gamma: float) -> None:
+        """All steps; leaves the calibration in the record and the corrections in the routers."""
+        with self.bar:
+            self._fit_importance()
+            candidates = self._candidates()
+            if self.rank != 0:
+                # corrections change what a block loses, and fit only where it will be used: a first
+                # round at a guessed allocation, to be measured with, and one at the measured one
+                self._correct(candidates, self._guess(candidates), gamma, trusted=True)
+            tables = self._measure(candidates)
+            if self.rank != 0:
+                self._correct(candidates, tables, gamma, trusted=False)
+            self._keep(tables)
 
-    @torch.no_grad()
-    def correct(self, gamma: float) -> None:
-        """Fit corrections at `gamma`, or at a middle budget where that leaves all dense."""
-        finest = {n: b.dge_router.plan for n, b in self.blocks.items()}
-        for wanted in (gamma, _MIDDLE_GAMMA, self.record.report.floor):
-            choices = budget_choices(self.model, self.record)
-            if floor_ratio(choices, self.record.rest, self.record.macs_dense) > wanted:
-                continue
-            routed = solve(choices, self.record.rest, self.record.macs_dense, wanted)
-            if routed != finest:
-                break
-        else:
+    def _keep(self, tables: dict[str, BlockTable]) -> None:
+        self.record.calibration = Calibration(self.kind, self.calls.images, tables)
+
+    def _guess(self, candidates: dict[str, tuple[Plan, ...]]) -> dict[str, BlockTable]:
+        last = max(len(candidates) - 1, 1)
+        return {
+            name: BlockTable(found, guess_losses(found, index / last), ())
+            for index, (name, found) in enumerate(candidates.items())
+        }
+
+    def _set(self, chosen: dict[str, Plan]) -> None:
+        for name, plan in chosen.items():
+            self.blocks[name].dge_router.plan = plan
+
+    def _allocation(self, tables: dict[str, BlockTable], gamma: float) -> dict[str, Plan] | None:
+        """Plans at `gamma`, or at a middle budget where that leaves nothing to correct."""
+        self._keep(tables)
+        choices = budget_choices(self.model, self.record)
+        rest, dense = self.record.rest, self.record.macs_dense
+        floor = floor_ratio(choices, rest, dense)
+        for wanted in (max(gamma, floor), max(_MIDDLE_GAMMA, floor), floor):
+            chosen = solve(choices, rest, dense, wanted)
+            if any(any(plan.capacities[1:]) for plan in chosen.values()):
+                return chosen
+        return None
+
+    def _correct(
+        self,
+        candidates: dict[str, tuple[Plan, ...]],
+        tables: dict[str, BlockTable],
+        gamma: float,
+        trusted: bool,
+    ) -> None:
+        """Fit all corrections at the allocation that `tables` give; leaves the blocks finest.
+
+        Args:
+            trusted: keep them all, or only those that bring the output closer to the dense one.
+        """
+        routed = self._allocation(tables, gamma)
+        finest = {name: found[-1] for name, found in candidates.items()}
+        if routed is None:
+            self.bar.update(len(self.calls) * len(self.blocks))
             return
-        dense = [reference(self._run(call), self.kind) for call in self.calls]
-        for name, block in self.blocks.items():
-            block.dge_router.plan = routed[name]
-        before = self._routed_distance(dense)
+        for block in self.blocks.values():
+            block.dge_router.set_correction(None)
+        dense: list[list[Tensor]] = []
+        before = torch.inf
+        if not trusted:
+            self._set(finest)
+            dense = [reference(self._run(call), self.kind) for call in self.calls]
+            self._set(routed)
+            before = self._routed_distance(dense)
         for name, block in self.blocks.items():
             router = block.dge_router
+            if not any(routed[name].capacities[1:]):
+                self.bar.update(len(self.calls))
+                continue
             rank = max(1, router.channels // 8) if self.rank is None else self.rank
-            if any(routed[name].capacities[1:]):
-                rank = min(rank, router.channels)
-                calls = self._counted()
-                fitted = fit_correction(self.model, self.blocks, name, finest, routed, calls, rank)
-                router.set_correction(fitted)
-                after = self._routed_distance(dense)
-                if after < _WORTHWHILE * before:
-                    before = after
-                else:
-                    router.set_correction(None)
-            self.bar.n = self._corrected(name)
-            self.bar.refresh()
+            rank = min(rank, router.channels)
+            router.set_correction(
+                fit_correction(self.model, self.blocks, name, finest, routed, self._counted(), rank)
+            )
+            if trusted:
+                continue
+            after = self._routed_distance(dense)
+            if after < _WORTHWHILE * before:
+                before = after
+            else:
+                router.set_correction(None)
+        self._set(finest)
 
     def _run(self, call: Call) -> Any:
         args, kwargs = call
@@ -266,11 +310,6 @@ class _Session:
         for call in self.calls:
             yield call
             self.bar.update()
-
-    def _corrected(self, name: str) -> int:
-        """Steps done once the correction of `name` is."""
-        blocks = len(self.blocks)
-        return len(self.calls) * (2 + blocks + 2 * (list(self.blocks).index(name) + 1))
 
     def _routed_distance(self, dense: list[list[Tensor]]) -> float:
         """Sum over the images of the distance of the model as it is set now."""

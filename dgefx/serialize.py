@@ -15,14 +15,17 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from dgefx.analysis import analyse
+from dgefx.analysis import Analysis, analyse
 from dgefx.config import DGEConfig
 from dgefx.convert import install_analysis
+from dgefx.kernels.correction import Correction
 from dgefx.nn.block import DGEBlock
-from dgefx.nn.capacity import Plan
-from dgefx.record import conversion_record
+from dgefx.nn.capacity import plan_of
+from dgefx.nn.router import Router
+from dgefx.record import BlockTable, Calibration, apply_plans, conversion_record
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # 1 had no calibration
 CONFIG_FILE = "dgefx.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -50,9 +53,68 @@ def save(model: nn.Module, folder: str | Path) -> None:
         "gamma": record.gamma,
         "example": record.example,
         "slots": slots,
+        "calibration": _describe(record.calibration),
+        "fitted": _fitted_shapes(model),
     }
     (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     save_model(model, str(path / WEIGHTS_FILE))
+
+
+def _describe(calibration: Calibration | None) -> dict[str, Any] | None:
+    """A calibration in JSON's terms."""
+    if calibration is None:
+        return None
+    tables = {
+        name: {
+            "slots": [list(plan.capacities) for plan in table.plans],
+            "losses": list(table.losses),
+            "measured": [list(pair) for pair in table.measured],
+        }
+        for name, table in calibration.tables.items()
+    }
+    return {"distance": calibration.distance, "images": calibration.images, "tables": tables}
+
+
+def _rebuild_calibration(
+    described: dict[str, Any] | None, analysis: Analysis
+) -> Calibration | None:
+    """The inverse of `_describe`."""
+    if described is None:
+        return None
+    tables = {}
+    for name, table in described["tables"].items():
+        grid = analysis.plans[name].layout.grid
+        tables[name] = BlockTable(
+            tuple(plan_of(grid, analysis.config, tuple(slots)) for slots in table["slots"]),
+            tuple(table["losses"]),
+            tuple((int(slots), float(loss)) for slots, loss in table["measured"]),
+        )
+    return Calibration(described["distance"], described["images"], tables)
+
+
+def _fitted_shapes(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """Shapes of what calibration fitted, per router; the values are among the weights."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            found = {
+                key: list(value.shape)
+                for key in ("importance", "correction_down", "correction_up")
+                if isinstance(value := getattr(module, key), torch.Tensor)
+            }
+            if found:
+                shapes[name] = found
+    return shapes
+
+
+def _reserve(router: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Make room for fitted tensors, to be filled with the weights."""
+    assert isinstance(router, Router)
+    if "importance" in shapes:
+        router.set_importance(torch.zeros(shapes["importance"]))
+    if "correction_down" in shapes:
+        down, up = (torch.zeros(shapes[f"correction_{part}"]) for part in ("down", "up"))
+        router.set_correction(Correction(down, up))
 
 
 def _rebuild(described: Any) -> Any:
@@ -90,9 +152,10 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
     if not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{path} was not written by dgefx.save(): it has no {CONFIG_FILE}")
     content = json.loads((path / CONFIG_FILE).read_text())
-    if content.get("format") != FORMAT:
+    if content.get("format") not in _READABLE:
         raise ValueError(
-            f"{path / CONFIG_FILE} has format {content.get('format')!r}, this dgefx reads {FORMAT}"
+            f"{path / CONFIG_FILE} has format {content.get('format')!r}, this dgefx reads "
+            f"{_READABLE}"
         )
     config, slots = DGEConfig.from_dict(content["config"]), content["slots"]
     inputs = example_inputs
@@ -112,8 +175,16 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
             f"dense_model does not fit {path}: blocks {sorted(set(slots) ^ set(analysis.plans))} "
             f"are converted in only one of the two"
         )
-    chosen = {name: Plan(tuple(capacities)) for name, capacities in slots.items()}
+    chosen = {
+        name: plan_of(plan.layout.grid, config, tuple(slots[name]))
+        for name, plan in analysis.plans.items()
+    }
     model = install_analysis(copy.deepcopy(dense_model), analysis, content["gamma"], chosen)
+    record = conversion_record(model)
+    record.calibration = _rebuild_calibration(content.get("calibration"), analysis)
+    for name, shapes in content.get("fitted", {}).items():
+        _reserve(model.get_submodule(name), shapes)
+    apply_plans(model, record, chosen, content["gamma"])
     try:
         missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)
     except RuntimeError as error:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dgefx
+from dgefx.nn.hierarchy import nested_levels
 from tests.helpers import TinyViT, error, images, randomise
 
 
@@ -41,7 +42,7 @@ def impose(block: nn.Module, levels: Tensor) -> None:
     prefix=st.integers(0, 3),
     order=st.sampled_from(["BNC", "BHWC", "BCHW"]),
     sides=st.sampled_from([(1, 2), (1, 2, 4), (1, 3), (1, 4), (1, 2, 6)]),
-    factor=st.sampled_from([1, 2]),
+    factor=st.sampled_from([None, 1, 2]),  # None: nested routing
     count=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
@@ -51,13 +52,15 @@ def test_any_routing_is_exact_on_patch_constant_input(
     prefix: int,
     order: str,
     sides: tuple[int, ...],
-    factor: int,
+    factor: int | None,
     count: int,
     seed: int,
 ) -> None:
     prefix = prefix if order == "BNC" else 0
     dense = randomise(TinyViT(prefix=prefix, order=order, depth=1)).eval()
-    config = dgefx.DGEConfig(granularities=sides, region=sides[-1] * factor)
+    region = None if factor is None else sides[-1] * factor
+    config = dgefx.DGEConfig(granularities=sides, region=region)
+    assert config.routing == ("region" if factor else "nested")
     model = dgefx.convert(
         dense, 1.0, example_inputs=images(2, (4 * height, 4 * width)), config=config
     )
@@ -72,6 +75,8 @@ def test_any_routing_is_exact_on_patch_constant_input(
     region = config.region_side
     regions = -(-height // region) * -(-width // region)
     levels = torch.randint(0, len(sides), (count, regions), generator=generator)
+    if config.routing == "nested":
+        levels = nested_levels(levels, (height, width), sides)
     impose(model.blocks[0], levels)
     with torch.no_grad():
         found, wanted = model.blocks[0](x), dense.blocks[0](x)
@@ -105,6 +110,7 @@ def test_real_blocks_on_patch_constant_input(name: str) -> None:
         angle = torch.zeros(height * width, channels // 3)  # 3 heads: sin and cos per head channel
         extra = (torch.cat([angle.sin(), angle.cos()], -1),)
     levels = torch.randint(0, 3, (2, router.region_cost_0.shape[0]), generator=generator)
+    levels = nested_levels(levels, router.grid, (1, 2, 4))
     assert levels.unique().numel() == 3
     impose(block, levels)
     with torch.no_grad():

@@ -118,8 +118,8 @@ def _solve(left: Tensor, right: Tensor, rank: int) -> Correction | None:
     if not bool(right.abs().max() > 0):
         return None
     variance = left.diagonal()
-    ridge = torch.diag(RIDGE * variance + 1e-6 * variance.mean())
-    full = torch.linalg.solve(left + ridge, right)
+    penalty = torch.diag(RIDGE * variance + 1e-6 * variance.mean())
+    full = torch.linalg.solve(left + penalty, right)
     # principal directions of what the map predicts
     _, directions = torch.linalg.eigh(full.t() @ left @ full)
     up = directions[:, -rank:]

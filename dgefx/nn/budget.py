@@ -100,7 +100,7 @@ def solve(
             f"or coarser granularities."
         )
     spare = (gamma - floor) * dense
-    unit = spare / _UNITS if spare > 0 else 1.0
+    unit = max(spare / _UNITS, 1e-12 * dense)
     best = torch.full((_UNITS + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0.0
     picks = []

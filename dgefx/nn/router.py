@@ -177,8 +177,10 @@ class Router(nn.Module):
         if weights is None:
             self.correction_down = self.correction_up = None
             return
-        down, up = (w.detach().to(self.device) for w in weights)
-        self.correction_down, self.correction_up = nn.Parameter(down), nn.Parameter(up)
+        self.correction_down, self.correction_up = (
+            w if isinstance(w, nn.Parameter) else nn.Parameter(w.detach().to(self.device))
+            for w in weights
+        )
 
     def scores(self, tokens: Tensor, grid: tuple[int, int]) -> Scores:
         """Sums, energies and gate logits of `tokens`."""

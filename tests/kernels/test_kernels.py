@@ -10,11 +10,13 @@ from torch import Tensor
 from dgefx.config import DGEConfig
 from dgefx.kernels.allocate import allocate_levels
 from dgefx.kernels.constants import gather_constant
+from dgefx.kernels.correction import Correction, corrected_update
 from dgefx.kernels.pool import pool
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.stencil import island_conv, stencil_rows
 from dgefx.kernels.unpool import unpool, unpool_add
-from dgefx.nn.capacity import plans
+from dgefx.nn.capacity import plan_of, plans
+from dgefx.nn.hierarchy import nested_levels
 from dgefx.nn.router import Router
 
 CASES = st.fixed_dictionaries(
@@ -22,8 +24,8 @@ CASES = st.fixed_dictionaries(
         "height": st.integers(1, 12),
         "width": st.integers(1, 12),
         "prefix": st.integers(0, 2),
-        "sides": st.sampled_from([(1,), (1, 2), (1, 2, 4), (1, 3), (1, 4)]),
-        "factor": st.sampled_from([1, 2]),
+        "sides": st.sampled_from([(1,), (1, 2), (1, 2, 4), (1, 3), (1, 4), (1, 2, 4, 8)]),
+        "factor": st.sampled_from([None, 1, 2]),  # None: nested routing
         "count": st.integers(1, 3),
         "seed": st.integers(0, 999),
     }
@@ -31,39 +33,36 @@ CASES = st.fixed_dictionaries(
 
 
 def members(routing: Routing, image: int) -> list[list[int]]:
-    """Tokens of every patch of one image, by walking regions and patches; the naive reference."""
+    """Tokens of every patch of one image, by walking the patches of every level; a patch is there
+    if the region that it begins in has its level."""
     height, width = routing.grid
-    region = routing.region
+    columns = -(-width // routing.region)
     found = []
     for level, side in enumerate(routing.granularities):
-        index = 0
-        for top in range(0, height, region):
-            for left in range(0, width, region):
-                if int(routing.levels[image, index]) == level:
-                    bottom, right = min(top + region, height), min(left + region, width)
-                    for y in range(top, bottom, side):
-                        for x in range(left, right, side):
-                            found.append(
-                                [
-                                    i * width + j
-                                    for i in range(y, min(y + side, bottom))
-                                    for j in range(x, min(x + side, right))
-                                ]
-                            )
-                index += 1
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                region = (top // routing.region) * columns + left // routing.region
+                if int(routing.levels[image, region]) == level:
+                    rows = range(top, min(top + side, height))
+                    found.append(
+                        [i * width + j for i in rows for j in range(left, min(left + side, width))]
+                    )
     return found
 
 
 def draw(case: dict, channels: int = 3) -> tuple[Tensor, Routing, Router]:
     torch.manual_seed(case["seed"])
     grid = (case["height"], case["width"])
-    config = DGEConfig(granularities=case["sides"], region=case["sides"][-1] * case["factor"])
+    region = None if case["factor"] is None else case["sides"][-1] * case["factor"]
+    config = DGEConfig(granularities=case["sides"], region=region)
     router = Router(config, grid, case["prefix"], channels, plans(grid, config)[-1])
     tokens = torch.randn(
         case["count"], case["prefix"] + grid[0] * grid[1], channels, dtype=torch.float64
     )
     regions = router.region_cost_0.shape[0]
     levels = torch.randint(0, len(case["sides"]), (case["count"], regions))
+    if config.routing == "nested" and config.levels > 1:
+        levels = nested_levels(levels, grid, case["sides"])
     return tokens, router.routing_for(tokens, levels), router
 
 
@@ -159,7 +158,7 @@ def test_router_fills_its_slots_and_never_more(case: dict, where: float) -> None
 
 def test_detail_wins_the_slots() -> None:
     """One detailed region among flat ones becomes fine; ranks follow the within-patch variance."""
-    config = DGEConfig()
+    config = DGEConfig(routing="region")
     choices = plans((16, 16), config)
     plan = next(p for p in choices if p.capacities[0] == 16)
     router = Router(config, (16, 16), 0, 4, plan)
@@ -169,6 +168,68 @@ def test_detail_wins_the_slots() -> None:
     levels = router(x.flatten(1, 2), (16, 16)).levels
     assert (levels[0] == 0).nonzero().flatten().tolist() == [6]
     assert (levels[1] == 0).nonzero().flatten().tolist() == [12]
+
+
+def test_nested_detail_wins_the_slots() -> None:
+    """One detailed 2 x 2 patch is split down to tokens, its neighbours only where it drags them."""
+    config = DGEConfig()
+    plan = plan_of((8, 8), config, (4, 3, 3))  # one 4 x 4 split, one of its 2 x 2 split again
+    router = Router(config, (8, 8), 0, 4, plan)
+    x = torch.zeros(2, 8, 8, 4)
+    x[0, 0:2, 6:8] = torch.randn(2, 2, 4)  # 2 x 2 cell 3
+    x[1, 6:8, 0:2] = torch.randn(2, 2, 4)  # 2 x 2 cell 12
+    levels = router(x.flatten(1, 2), (8, 8)).levels.view(2, 4, 4)
+    first = [[2, 2, 1, 0], [2, 2, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]]
+    assert levels[0].tolist() == first
+    assert levels[1].tolist() == [[2, 2, 2, 2], [2, 2, 2, 2], [1, 1, 2, 2], [0, 1, 2, 2]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(CASES)
+def test_correction_equals_the_formula(case: dict) -> None:
+    """Against the definition, token by token: zero for fine tokens, linear in the features."""
+    tokens, routing, router = draw(case, channels=5)
+    torch.manual_seed(case["seed"])
+    weights = Correction(
+        torch.randn(11, 2, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    )
+    router.set_correction(weights)
+    routing = router.routing_for(tokens, routing.levels)
+    queries = pool(tokens, routing)
+    found = unpool_add(tokens, queries, queries, routing) - tokens
+    prefix = case["prefix"]
+    assert torch.equal(found[:, :prefix], torch.zeros_like(found[:, :prefix]))
+    for image in range(case["count"]):
+        for patch in members(routing, image):
+            x = tokens[image, [prefix + t for t in patch]]
+            mean = x.mean(0)
+            lost = 1 - mean.square().sum() * len(patch) / x.square().sum()
+            normal = (mean - mean.mean()) / (mean.var(correction=0) + 1e-5).sqrt()
+            for token, own in zip(patch, x, strict=True):
+                features = torch.cat([lost.view(1), lost * normal, own - mean])
+                wanted = features @ weights.down @ weights.up
+                fine = (
+                    routing.granularities[0] == 1
+                    and int(routing.levels[image, router.patch_region_0[token]]) == 0
+                )
+                wanted = torch.zeros_like(wanted) if fine else wanted
+                assert torch.allclose(found[image, prefix + token], wanted, atol=1e-9)
+
+
+def test_correction_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw_tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    rows = torch.tensor([[0, 0, 1, 1, 2]])
+    lost = torch.tensor([[0.0, 0.3, 0.6]], dtype=torch.float64)
+
+    def run(tokens: Tensor, queries: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return corrected_update(tokens, queries, lost, rows, Correction(down, up))
+
+    inputs = draw_tensor(1, 5, 3), draw_tensor(1, 3, 3), draw_tensor(7, 2), draw_tensor(2, 3)
+    assert torch.autograd.gradcheck(run, inputs)
 
 
 def test_allocate_respects_clipped_costs() -> None:

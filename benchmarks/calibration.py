@@ -1,0 +1,133 @@
+"""Accuracy without any training: calibrated dgefx against ToMe, on the same images and MAC counter.
+
+    python benchmarks/calibration.py DeiT-Tiny-weights.safetensors IMAGES --json out.json
+
+IMAGES has `train/WNID/*` and `val/WNID/*` (Imagenette, say). Prints, per MAC ratio, top-1 over all
+1000 classes: dgefx with shares guessed from depth, dgefx calibrated once at `--gamma` and then only
+`set_budget`, dgefx calibrated at each ratio, and token merging (`benchmarks/tome.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, create_transform
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import dgefx
+from tome import ToMe, even_schedule
+
+RATIOS = (0.35, 0.4, 0.48, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def load_images(folder: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 224, 224) and their ImageNet classes; a fixed random `count` of them."""
+    classes = {wnid: i for i, wnid in enumerate(sorted(ImageNetInfo().label_names()))}
+    files = sorted(folder.glob("*/*.*"))
+    if count is not None:
+        random.Random(0).shuffle(files)
+        files = files[:count]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    transform = create_transform(224, crop_pct=1.0, interpolation="bicubic", mean=mean, std=std)
+    bar = tqdm(files, desc=f"read {folder.name}")
+    images = torch.stack([transform(Image.open(f).convert("RGB")) for f in bar])
+    return images, torch.tensor([classes[f.parent.name] for f in files])
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits of all images."""
+    return torch.cat([model(batch) for batch in images.split(50)])
+
+
+def measured_macs(model: nn.Module, images: Tensor) -> int:
+    """MACs per image by torch's counter."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images[:2])
+    return counter.get_total_flops() // 4
+
+
+def merging_at(model: nn.Module, ratio: float, images: Tensor, dense: int) -> ToMe:
+    """The ToMe model with the largest measured ratio not above `ratio`."""
+    depth = len(model.blocks)
+    low, high = 0, 40 * depth  # high merges all that can be merged
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = measured_macs(ToMe(model, even_schedule(middle, depth)), images) / dense
+        low, high = (low, middle) if found <= ratio else (middle, high)
+    return ToMe(model, even_schedule(high, depth))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("weights", type=Path, help="safetensors of the timm model")
+    parser.add_argument("images", type=Path, help="folder with train/ and val/")
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--calibration-images", type=int, default=100)
+    parser.add_argument("--gamma", type=float, default=0.5, help="calibrate once at")
+    parser.add_argument("--each", type=float, nargs="*", default=[], help="also calibrate at these")
+    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    dense = timm.create_model(args.model).eval()
+    dense.load_state_dict(load_file(args.weights))
+    calibration, _ = load_images(args.images / "train", args.calibration_images)
+    images, labels = load_images(args.images / "val")
+    macs = measured_macs(dense, images)
+    reference = outputs(dense, images)
+    top1 = 100 * float((reference.argmax(1) == labels).float().mean())
+    rows: list[dict[str, float | str]] = []
+
+    def add(label: str, model: nn.Module, asked: float) -> None:
+        found = outputs(model, images)
+        accuracy = 100 * float((found.argmax(1) == labels).float().mean())
+        logs, other = reference.log_softmax(-1), found.log_softmax(-1)
+        row = {
+            "method": label,
+            "asked": asked,
+            "ratio": measured_macs(model, images) / macs,
+            "top-1": accuracy,
+            "drop": top1 - accuracy,
+            "KL": float((logs.exp() * (logs - other)).sum(-1).mean()),
+        }
+        rows.append(row)
+        tqdm.write(str({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
+
+    start = time.perf_counter()
+    calibrated = dgefx.convert(dense, args.gamma, calibration=calibration)
+    seconds = time.perf_counter() - start
+    guessed = dgefx.convert(dense, args.gamma)
+    for ratio in args.ratios:
+        add("guessed", dgefx.set_budget(guessed, ratio), ratio)
+        add(f"calibrated at {args.gamma:g}", dgefx.set_budget(calibrated, ratio), ratio)
+        add("ToMe", merging_at(dense, ratio, images, macs), ratio)
+    for ratio in args.each:
+        add("calibrated at each", dgefx.convert(dense, ratio, calibration=calibration), ratio)
+    table = Table(
+        title=f"dense {top1:.2f} %, calibration {seconds:.0f} s, torch {torch.__version__}"
+    )
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()))
+    Console(width=120).print(table)
+    if args.json:
+        result = {"dense top-1": top1, "calibration seconds": seconds, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

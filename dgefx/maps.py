@@ -1,0 +1,230 @@
+"""What a converted model decides and costs, as tensors and as pictures.
+
+`granularity_maps` needs only torch; the two `plot_` functions import matplotlib when called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dgefx.calibration.images import ExampleCall, placed
+from dgefx.kernels.routing import Routing
+from dgefx.nn.hierarchy import side_counts
+from dgefx.record import conversion_record, converted_blocks, unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("tab:red", "tab:orange", "tab:cyan", "tab:blue", "tab:purple")  # finest first
+
+
+@torch.no_grad()
+def _routings(model: nn.Module, images: Any) -> dict[str, Routing]:
+    record = conversion_record(model)
+    target = unwrap(model)
+    example = ExampleCall(record.example, target)
+    tensors = example.tensors(images, 0)
+    if not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise TypeError(f"images must be a tensor or hold tensors, found {type(images).__name__}")
+    found: dict[str, Routing] = {}
+    modes = {module: module.training for module in target.modules()}
+    with ExitStack() as stack:
+        for name, block in converted_blocks(target, record).items():
+            handle = block.dge_router.register_forward_hook(
+                lambda _m, _a, routing, name=name: found.setdefault(name, routing)
+            )
+            stack.callback(handle.remove)
+        args, kwargs = placed(tensors, target, example)
+        try:
+            target.eval()(*args, **kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    return found
+
+
+def granularity_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
+    """The granularity that every converted block gives every region of some images.
+
+    Args:
+        model: converted. Run in eval mode; its mode is restored.
+        images: one batch as the model takes it: a tensor, a tuple that begins with the model's
+            tensors, or a dict.
+
+    Returns:
+        Per block, in the order they run, an int64 tensor (B, rows, columns) on the CPU: the patch
+        side in tokens (1 is the finest) of every cell of `DGEConfig.region` tokens a side.
+
+    Raises:
+        TypeError, ValueError: not a converted model, or no images.
+    """
+    maps = {}
+    for name, routing in _routings(model, images).items():
+        sides = torch.tensor(routing.granularities)
+        cells = side_counts(routing.grid, routing.region)
+        maps[name] = sides[routing.levels.cpu()].unflatten(1, cells)
+    return maps
+
+
+def _patches(sides: Tensor, routing: Routing) -> list[tuple[int, int, int, int, int]]:
+    """(top, left, height, width, side) in tokens of every patch of one image's map."""
+    height, width = routing.grid
+    region = routing.region
+    found = []
+    for row, line in enumerate(sides.tolist()):
+        for column, side in enumerate(line):
+            top, left = row * region, column * region
+            if side > region and (top % side or left % side):
+                continue  # a cell inside a larger patch
+            end_y = min(top + max(side, region), height)
+            end_x = min(left + max(side, region), width)
+            for y in range(top, end_y, side):
+                for x in range(left, end_x, side):
+                    found.append((y, x, min(side, end_y - y), min(side, end_x - x), side))
+    return found
+
+
+def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """(B, H, W, 3) in [0, 1]: normalisation undone, or each image stretched to the range."""
+    shown = images.detach().float().cpu()
+    if mean is not None and std is not None:
+        shown = shown * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    else:
+        low = shown.amin((1, 2, 3), keepdim=True)
+        shown = (shown - low) / (shown.amax((1, 2, 3), keepdim=True) - low).clamp(min=1e-12)
+    if shown.shape[1] not in (1, 3):
+        shown = shown.mean(1, keepdim=True)
+    return shown.clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+
+
+def _spread(routings: Mapping[str, Routing], count: int) -> list[str]:
+    """At most `count` blocks, spread over the depth, those that mix granularities first."""
+    mixed = [n for n, r in routings.items() if int(r.levels.min()) != int(r.levels.max())]
+    pool = mixed or list(routings)
+    count = min(count, len(pool))
+    return [pool[round(i * (len(pool) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _draw_map(axes: Axes, picture: Tensor, sides: Tensor, routing: Routing) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(picture.numpy())
+    step_y, step_x = picture.shape[0] / routing.grid[0], picture.shape[1] / routing.grid[1]
+    cells, colours = [], []
+    for y, x, height, width, side in _patches(sides, routing):
+        corner = (x * step_x - 0.5, y * step_y - 0.5)
+        cells.append(Rectangle(corner, width * step_x, height * step_y))
+        level = routing.granularities.index(side)
+        colours.append(to_rgba(COLOURS[level % len(COLOURS)], 0.35))
+    line = (1, 1, 1, 0.7)
+    axes.add_collection(PatchCollection(cells, facecolors=colours, edgecolors=line, linewidths=0.4))
+
+
+def plot_granularity(
+    model: nn.Module,
+    images: Any,
+    *,
+    blocks: int | Sequence[str] = 4,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Figure:
+    """Granularity maps over the images: a row per image, a column per block.
+
+    Args:
+        model: converted.
+        images: one batch, see `granularity_maps`; drawn from its first tensor, (B, C, H, W).
+        blocks: how many blocks to show, spread over the depth, or their names.
+        mean, std: of the normalisation, to be undone for showing; without them every image is
+            stretched to the full range.
+
+    Returns:
+        A matplotlib figure, not shown; `figure.savefig(path)` writes it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: not a converted model, no images, an unknown block.
+    """
+    from matplotlib.colors import to_rgba
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    routings = _routings(model, images)
+    maps = granularity_maps(model, images)
+    names = _spread(routings, blocks) if isinstance(blocks, int) else list(blocks)
+    if unknown := sorted(set(names) - set(routings)):
+        raise ValueError(f"blocks {unknown} are not converted blocks; there are {list(routings)}")
+    example = ExampleCall(conversion_record(model).example, unwrap(model))
+    pictures = _pixels(example.tensors(images, 0)[example.first], mean, std)
+    columns = 1 + len(names)
+    figure = Figure(figsize=(2.2 * columns, 2.2 * len(pictures) + 0.9), layout="constrained")
+    axes: Any = figure.subplots(len(pictures), columns, squeeze=False)
+    for row, picture in enumerate(pictures):
+        axes[row, 0].imshow(picture.numpy())
+        for column, name in enumerate(names, start=1):
+            _draw_map(axes[row, column], picture, maps[name][row], routings[name])
+    axes[0, 0].set_title("input", fontsize=9)
+    for axis, name in zip(axes[0, 1:], names, strict=True):
+        grid = routings[name].grid
+        axis.set_title(f"{name}\n{grid[0]} x {grid[1]} tokens", fontsize=9)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    sides = max((r.granularities for r in routings.values()), key=len)
+    legend = [
+        Patch(color=to_rgba(COLOURS[i % len(COLOURS)], 0.6), label=f"one query per {side} x {side}")
+        for i, side in enumerate(sides)
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=9)
+    return figure
+
+
+def plot_sensitivity(model: nn.Module) -> Figure:
+    """The calibration's curves: a block's MAC ratio against what the output loses, and the shares
+    that the present budget gives the blocks.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: not a converted model, or not calibrated.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    record = conversion_record(model)
+    if record.calibration is None:
+        raise ValueError("model is not calibrated; call dgefx.calibrate(model, images) first")
+    tables = record.calibration.tables
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels: Any = figure.subplots(1, 2)
+    curves, shares = panels
+    for index, (name, table) in enumerate(tables.items()):
+        cost = record.costs[name]
+        slots = {plan.slots: plan for plan in table.plans}
+        points = [(cost.macs(slots[s]) / cost.dense, loss) for s, loss in table.measured]
+        colour = colormaps["viridis"](index / max(len(tables) - 1, 1))
+        points.append((1.0, 0.0))
+        curves.plot(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            "o-",
+            markersize=3,
+            color=colour,
+            label=name,
+        )
+    unit = "KL, nats" if record.calibration.distance == "kl" else "relative squared distance"
+    curves.set_yscale("symlog", linthresh=1e-3)
+    curves.set(xlabel="MAC ratio of the block", ylabel=f"loss of the output ({unit})")
+    curves.legend(fontsize=6, ncols=2)
+    present = {b.name: b.ratio for b in record.report.blocks}
+    shares.bar(range(len(tables)), [present[name] for name in tables])
+    shares.set_xticks(range(len(tables)), list(tables), rotation=90, fontsize=6)
+    shares.set(ylabel="MAC ratio of the block", ylim=(0, 1.05))
+    shares.set_title(f"gamma {record.gamma:g}: whole model {record.report.ratio:.3f}", fontsize=9)
+    return figure

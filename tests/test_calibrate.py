@@ -1,0 +1,466 @@
+"""calibrate, set_budget: fitted to images, exact in cost, kept, and safe against bad input."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.data import DataLoader, TensorDataset
+
+import dgefx
+from dgefx.calibration.distance import distance, find_kind, reference
+from dgefx.nn.budget import Choices, solve
+from dgefx.nn.capacity import Plan, plans
+from dgefx.record import conversion_record
+from tests.helpers import TinyViT, error, images, macs, randomise
+
+SIDE = 48
+X = images(12, SIDE, seed=5)
+
+
+def build(**options: Any) -> nn.Module:
+    """Four blocks of 12 x 12 tokens, converted at 0.6."""
+    torch.manual_seed(0)
+    dense = randomise(TinyViT(dim=32, depth=4, **options)).eval()
+    return dgefx.convert(dense, 0.6, example_inputs=images(2, SIDE))
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> nn.Module:
+    return dgefx.calibrate(build(prefix=1), X, progress=False)
+
+
+def tables(model: nn.Module) -> Any:
+    calibration = conversion_record(model).calibration
+    assert calibration is not None
+    return calibration.tables
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return [v.clone() for v in model.state_dict().values()]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: list(X),
+        lambda: [X[:5], X[5:]],
+        lambda: DataLoader(TensorDataset(X, torch.arange(12)), batch_size=5),
+        lambda: ({"image": x, "label": 3} for x in X),
+        lambda: iter([(x, 0) for x in X]),
+    ],
+    ids=["images", "batches", "loader with labels", "dicts", "iterator of pairs"],
+)
+def test_any_iterable_gives_the_same(calibrated: nn.Module, make: Callable[[], Any]) -> None:
+    other = dgefx.calibrate(build(prefix=1), make(), progress=False)
+    assert tables(other) == tables(calibrated)
+    assert all(torch.equal(a, b) for a, b in zip(state(other), state(calibrated), strict=True))
+
+
+def test_random_streams_and_weights_are_left_alone() -> None:
+    model = build()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    dgefx.calibrate(model, X, progress=False)
+    assert torch.equal(torch.rand(3), wanted)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], p) and after[n].grad is None for n, p in before.items())
+
+
+def test_convert_calibrates() -> None:
+    torch.manual_seed(0)
+    dense = randomise(TinyViT(dim=32, depth=4)).eval()
+    model = dgefx.convert(dense, 0.6, example_inputs=X[:2], calibration=X)
+    assert tables(model) == tables(dgefx.calibrate(build(), X, progress=False))
+    assert dgefx.report(model).calibrated
+    assert "calibrate" not in str(dgefx.report(model))
+    assert "dgefx.calibrate" in str(dgefx.report(build()))
+
+
+def test_losses_are_those_of_the_block_alone() -> None:
+    """The table against a hand-made run: one block coarse, all others dense, without corrections
+    in both (their fit is a step of its own)."""
+    model = dgefx.calibrate(build(prefix=1), X, correction_rank=0, progress=False)
+    found = tables(model)
+    dense = dgefx.revert(model)
+    with torch.no_grad():
+        wanted = dense(X).log_softmax(-1)
+        for name, table in found.items():
+            assert len(table.measured) >= 4
+            for slots, loss in table.measured:
+                dgefx.set_budget(model, 1.0)
+                plan = next(p for p in table.plans if p.slots == slots)
+                model.get_submodule(name).dge_router.plan = plan
+                other = model(X).log_softmax(-1)
+                kl = (wanted.exp() * (wanted - other)).sum(-1).mean()
+                assert loss == pytest.approx(float(kl), rel=1e-3, abs=1e-7)
+            losses = list(table.losses)
+            assert losses == sorted(losses, reverse=True) and losses[-1] == 0.0
+
+
+def test_calibration_beats_the_guess_and_equal_shares() -> None:
+    """On images it has not seen, without any training."""
+    torch.manual_seed(0)
+    dense = randomise(TinyViT(dim=32, depth=4, prefix=1)).eval()
+    with torch.no_grad():  # the third block matters most here, which no guess can know
+        for index, block in enumerate(dense.blocks):
+            block.mlp[2].weight.mul_(20.0 if index == 2 else 0.5)
+    guess = dgefx.convert(dense, 0.5, example_inputs=X[:2])
+    model = dgefx.convert(dense, 0.5, example_inputs=X[:2], calibration=X)
+    equal = copy.deepcopy(guess)
+    for block in equal.blocks:
+        router = block.dge_router
+        found = plans(router.grid, router.config)
+        mean = sum(b.dge_router.plan.slots for b in guess.blocks) / 4
+        router.plan = min(found, key=lambda p: abs(p.slots - mean))
+    fresh = images(16, SIDE, seed=99)
+    with torch.no_grad():
+        wanted = dense(fresh)
+        errors = [error(m(fresh), wanted) for m in (model, guess, equal)]
+    assert errors[0] < 0.8 * min(errors[1:])
+
+
+@pytest.mark.parametrize("gamma", [0.4, 0.5, 0.6, 0.8])
+def test_set_budget_is_in_band(calibrated: nn.Module, gamma: float) -> None:
+    model = copy.deepcopy(calibrated)
+    assert any(b.dge_router.correction is not None for b in model.blocks)
+    assert dgefx.set_budget(model, gamma) is model
+    x = X[:2]
+    ratio = macs(model, x) / macs(dgefx.revert(model), x)
+    assert gamma - 0.02 <= ratio <= gamma + 0.005
+    report = dgefx.report(model)
+    assert report.ratio == pytest.approx(ratio, abs=1e-6)
+    assert report.gamma == gamma
+    assert [b.slots for b in report.blocks] == [b.dge_router.plan.capacities for b in model.blocks]
+
+
+def test_more_budget_is_not_worse(calibrated: nn.Module) -> None:
+    model = copy.deepcopy(calibrated)
+    fresh = images(16, SIDE, seed=98)
+    with torch.no_grad():
+        wanted = dgefx.revert(model)(fresh)
+        errors = [error(dgefx.set_budget(model, g)(fresh), wanted) for g in (0.4, 0.6, 0.8, 0.9)]
+    assert errors == sorted(errors, reverse=True)
+    assert error(dgefx.set_budget(model, 1.0)(fresh), wanted) <= 1e-5
+
+
+def test_budget_under_the_floor_changes_nothing(calibrated: nn.Module) -> None:
+    model = copy.deepcopy(calibrated)
+    before, wanted = dgefx.report(model), model(X)
+    with pytest.raises(ValueError, match="under this model's floor"):
+        dgefx.set_budget(model, before.floor - 0.01)
+    for wrong, raised in ((0.0, ValueError), (2, ValueError), ("half", TypeError)):
+        with pytest.raises(raised, match="gamma must be"):
+            dgefx.set_budget(model, wrong)
+    assert dgefx.report(model) == before and torch.equal(model(X), wanted)
+
+
+def test_set_budget_without_calibration() -> None:
+    model = build()
+    assert dgefx.report(dgefx.set_budget(model, 0.8)).ratio == pytest.approx(0.8, abs=0.02)
+    assert not dgefx.report(model).calibrated
+
+
+def test_guess_gives_early_blocks_more() -> None:
+    slots = [sum(b.slots) for b in dgefx.report(build()).blocks]
+    assert slots == sorted(slots, reverse=True) and slots[0] > slots[-1]
+
+
+def test_save_and_load(calibrated: nn.Module, tmp_path: Path) -> None:
+    model = dgefx.set_budget(copy.deepcopy(calibrated), 0.5)
+    dgefx.save(model, tmp_path)
+    back = dgefx.load(tmp_path, TinyViT(dim=32, depth=4, prefix=1).eval())
+    assert torch.equal(back(X), model(X))
+    assert dgefx.report(back) == dgefx.report(model)
+    assert tables(back) == tables(model)
+    for gamma in (0.4, 0.8):
+        wanted = dgefx.set_budget(model, gamma)(X)
+        assert torch.equal(dgefx.set_budget(back, gamma)(X), wanted)
+
+
+def test_patch_constant_input_is_still_exact(calibrated: nn.Module) -> None:
+    model = dgefx.set_budget(copy.deepcopy(calibrated), 0.4)
+    dense = dgefx.revert(model)
+    grid = torch.randn(2, 3, 3, 32).repeat_interleave(4, 1).repeat_interleave(4, 2).flatten(1, 2)
+    x = torch.cat([torch.randn(2, 1, 32), grid], 1)
+    for found, wanted in zip(model.blocks, dense.blocks, strict=True):
+        with torch.no_grad():
+            assert error(found(x) - x, wanted(x) - x) <= 1e-5
+
+
+def test_compiled_model_recompiles_once_per_budget(calibrated: nn.Module) -> None:
+    torch._dynamo.reset()
+    model = copy.deepcopy(calibrated).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for gamma in (0.5, 0.7, 0.5, 0.7):
+        assert dgefx.set_budget(compiled, gamma) is compiled
+        with torch.no_grad():
+            assert error(compiled(X), model(X)) <= 1e-5
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "raised", "message"),
+    [
+        ([], ValueError, "images is empty"),
+        (3, TypeError, "must be an iterable"),
+        ([images(2, 32)], ValueError, r"item 0 has shape \(2, 3, 32, 32\).*\(3, 48, 48\)"),
+        ([X[:2], images(2, SIDE, channels=1)], ValueError, "item 1 has shape"),
+        ([X[:2], X[:2] * float("nan")], ValueError, "item 1 holds NaN"),
+        ([X[:2].to(torch.uint8)], TypeError, "is torch.uint8.*transform"),
+        (["a.jpg"], TypeError, "item 0 is str"),
+        ([("a.jpg", 1)], TypeError, "holds str"),
+        ([{"picture": X[0]}], ValueError, "dict with .'picture'"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_bad_images_leave_the_last_calibration(
+    calibrated: nn.Module, wrong: Any, raised: type[Exception], message: str, training: bool
+) -> None:
+    model = copy.deepcopy(calibrated).train(training)
+    record, before = copy.deepcopy(conversion_record(model)), state(model)
+    with pytest.raises(raised, match=message):
+        dgefx.calibrate(model, wrong, 0.5, progress=False)
+    assert conversion_record(model) == record
+    assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
+    assert all(module.training == training for module in model.modules())
+
+
+def test_a_failure_halfway_leaves_the_last_calibration(calibrated: nn.Module) -> None:
+    model = copy.deepcopy(calibrated).train()
+    record, before = copy.deepcopy(conversion_record(model)), state(model)
+    parameters = list(model.parameters())
+    calls = itertools.count()
+
+    def fail(_module: nn.Module, _args: Any) -> None:
+        if next(calls) == 60:
+            raise RuntimeError("out of memory")
+
+    handle = model.head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        dgefx.calibrate(model, X, batch_size=3, progress=False)
+    handle.remove()
+    assert conversion_record(model) == record
+    assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert model.training and all(m.training for m in model.modules())
+    assert not any(b._forward_hooks or b.dge_router._forward_hooks for b in model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "raised", "message"),
+    [
+        ({"gamma": 0.01}, ValueError, "under this model's floor"),
+        ({"gamma": 1.5}, ValueError, "gamma must be"),
+        ({"distance": "l2"}, ValueError, "distance must be one of"),
+        ({"max_images": 0}, ValueError, "max_images must be at least 1"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer"),
+        ({"correction_rank": -1}, ValueError, "correction_rank must be at least 0"),
+    ],
+)
+def test_bad_options(
+    calibrated: nn.Module, options: dict[str, Any], raised: type[Exception], message: str
+) -> None:
+    model = copy.deepcopy(calibrated)
+    record = copy.deepcopy(conversion_record(model))
+    with pytest.raises(raised, match=message):
+        dgefx.calibrate(model, X[:4], progress=False, **options)
+    assert conversion_record(model) == record
+    with pytest.raises(ValueError, match="not a converted one"):
+        dgefx.calibrate(TinyViT(), X)
+
+
+def test_convert_with_bad_images_leaves_the_model_dense() -> None:
+    dense = TinyViT(dim=32).eval()
+    names = [n for n, _ in dense.named_modules()]
+    with pytest.raises(ValueError, match="NaN"):
+        dgefx.convert(dense, 0.6, example_inputs=X[:2], calibration=X * float("nan"), inplace=True)
+    assert [n for n, _ in dense.named_modules()] == names
+    assert not hasattr(dense, "dgefx_record")
+
+
+class Outputs(nn.Module):
+    """TinyViT's features, returned in different ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body = randomise(TinyViT(dim=32, depth=2, prefix=1))
+        self.kind = kind
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        tokens = self.body.forward_features(x)
+        if self.kind == "tokens":
+            return tokens
+        if self.kind == "pooled":
+            return F.layer_norm(tokens.mean(1), (32,))
+        if self.kind == "map":
+            return tokens[:, 1:].transpose(1, 2).unflatten(2, (12, 12))
+        if self.kind == "tuple":
+            return tokens[:, 0], [tokens[:, 1:]]
+        if self.kind == "no gradient":
+            return self.body.head(tokens.mean(1)).detach()
+        return {"features": tokens, "steps": self.steps.long()}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "pooled", "map", "tuple", "dict"])
+def test_models_without_logits(kind: str) -> None:
+    model = dgefx.convert(Outputs(kind).eval(), 0.5, example_inputs=X[:2], calibration=X)
+    calibration = conversion_record(model).calibration
+    assert calibration is not None and calibration.distance == "relative"
+    assert all(t.losses[0] > 0 for t in calibration.tables.values())
+    assert dgefx.report(model).ratio == pytest.approx(0.5, abs=0.02)
+
+
+def test_models_without_gradients_fall_back_to_detail() -> None:
+    model = dgefx.convert(Outputs("no gradient").eval(), 0.5, example_inputs=X[:2])
+    with pytest.warns(UserWarning, match="no gradients"):
+        dgefx.calibrate(model, X, progress=False)
+    assert all(b.dge_router.importance is None for b in model.body.blocks)
+
+
+def test_distances_against_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(4, 7, generator=generator) for _ in range(2))
+    wanted = F.kl_div(b.log_softmax(-1), a.softmax(-1), reduction="none").sum(1)
+    assert torch.allclose(distance([a], b, "kl"), wanted, atol=1e-6)
+    squared = (a - b).square().sum(1) / a.square().sum(1)
+    assert torch.allclose(distance([a], (b,), "relative"), squared, atol=1e-6)
+    two = distance(reference((a, 2 * a), "relative"), (b, 2 * a), "relative")
+    assert torch.allclose(two, squared / 2, atol=1e-6)
+
+
+def test_kind_of_output() -> None:
+    model = nn.Linear(3, 5)
+    out = model(torch.randn(2, 3))
+    assert find_kind(model, out, {out.data_ptr()}) == "kl"
+    assert find_kind(model, out, set()) == "relative"
+    assert find_kind(model, {"logits": out}, set()) == "kl"
+    assert find_kind(model, torch.randn(2, 5, 4, 4), set()) == "relative"
+    classifier = timm.create_model("test_vit", num_classes=5)
+    assert find_kind(classifier, out, set()) == "kl"
+
+
+def test_importance_finds_what_the_output_reads() -> None:
+    """The output reads only tokens that carry a mark; their regions get the slots, although the
+    others have more detail."""
+
+    class Marked(TinyViT):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.forward_features(x)
+            mark = (x[:, 2:3, ::4, ::4] > 2).flatten(2).transpose(1, 2)
+            return self.head((tokens * mark).sum(1))
+
+    dense = randomise(Marked(dim=32, depth=2)).eval()
+    x = images(16, SIDE, seed=3)
+    x[:, 2] = 0.0
+    x[:, 2, :16, :16] = 3.0  # top left 4 x 4 tokens: marked, and flat
+    x[:, :2, :16, :16] *= 0.8
+    model = dgefx.convert(dense, 0.5, example_inputs=x[:2])
+    before = dgefx.granularity_maps(model, x)["blocks.0"][:, :2, :2].float().mean()
+    dgefx.calibrate(model, x, correction_rank=0, progress=False)
+    dgefx.set_budget(model, 0.5)
+    after = dgefx.granularity_maps(model, x)
+    own = after["blocks.0"][:, :2, :2].float().mean()
+    assert own < before
+    assert own < after["blocks.0"].float().mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 20), st.integers(0, 30)), min_size=1, max_size=5),
+        min_size=1,
+        max_size=4,
+    ),
+    st.floats(0.0, 1.0),
+)
+def test_solver_equals_brute_force(blocks: list[list[tuple[int, int]]], part: float) -> None:
+    """The least loss among all combinations within the budget; costs on the solver's grid."""
+    choices = {}
+    for index, options in enumerate(blocks):
+        options = sorted(options)
+        choices[str(index)] = Choices(
+            tuple(Plan((i,)) for i in range(len(options))),
+            tuple(float(cost) for cost, _ in options),
+            tuple(float(loss) for _, loss in options),
+        )
+    low = sum(min(c.macs) for c in choices.values())
+    high = sum(max(c.macs) for c in choices.values())
+    budget = low + round(part * (high - low))
+    dense, rest = 1000.0, 5.0  # SLACK asks for at most 10 unspent
+    gamma = (rest + budget) / dense
+    chosen = solve(choices, rest, dense, gamma)
+    combos = [
+        (
+            sum(c.macs[i] for c, i in zip(choices.values(), pick, strict=True)),
+            sum(c.losses[i] for c, i in zip(choices.values(), pick, strict=True)),
+        )
+        for pick in itertools.product(*(range(len(c.macs)) for c in choices.values()))
+    ]
+    within = [(cost, loss) for cost, loss in combos if cost <= budget]
+    close = [pair for pair in within if pair[0] >= budget - 10] or within
+    picks = [chosen[name].capacities[0] for name in choices]
+    cost = sum(c.macs[i] for c, i in zip(choices.values(), picks, strict=True))
+    loss = sum(c.losses[i] for c, i in zip(choices.values(), picks, strict=True))
+    assert cost <= budget
+    assert loss <= min(loss for _, loss in close) + 1e-9
+
+
+def test_hugging_face_and_pyramid_models() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=SIDE,
+        patch_size=4,
+        num_labels=7,
+    )
+    hf = transformers.ViTForImageClassification(config).eval()
+    loader = [{"pixel_values": X[:6], "labels": torch.zeros(6)}, {"pixel_values": X[6:]}]
+    for example in (X[:2], {"pixel_values": X[:2]}):
+        model = dgefx.convert(hf, 0.5, example_inputs=example, calibration=loader)
+        assert conversion_record(model).calibration.distance == "kl"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pvt = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1), num_classes=5).eval()
+        x = images(4, 64)
+        model = dgefx.convert(pvt, 0.6, example_inputs=x[:2], calibration=x)
+    assert dgefx.report(model).ratio == pytest.approx(0.6, abs=0.02)
+    assert dgefx.report(model).calibrated
+
+
+def test_half_precision_model() -> None:
+    model = build().to(torch.bfloat16)
+    dgefx.calibrate(model, X, 0.5, progress=False)
+    assert model(X.bfloat16()).dtype == torch.bfloat16
+    assert torch.isfinite(model(X.bfloat16())).all()
+
+
+def test_training_after_calibration(calibrated: nn.Module) -> None:
+    model = copy.deepcopy(calibrated).train()
+    dgefx.set_budget(model, 0.5)
+    model(X).square().mean().backward()
+    corrected = [b.dge_router for b in model.blocks if b.dge_router.correction is not None]
+    used = [r for r in corrected if any(r.plan.capacities[1:])]
+    assert used
+    for router in used:
+        assert router.correction_down.grad.abs().sum() > 0
+        assert router.correction_up.grad.abs().sum() > 0

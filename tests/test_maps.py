@@ -1,0 +1,69 @@
+"""granularity_maps, plot_granularity, plot_sensitivity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dgefx
+from tests.helpers import TinyViT, images
+
+X = images(3, 56)  # 14 x 14 tokens: clipped at every level
+
+
+@pytest.fixture(scope="module", params=["nested", "region"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    config = dgefx.DGEConfig(routing=request.param)
+    dense = TinyViT(dim=32, depth=3, prefix=1).eval()
+    return dgefx.convert(dense, 0.5, example_inputs=X[:2], config=config)
+
+
+def test_maps_hold_no_more_patches_than_slots(model: nn.Module) -> None:
+    model.train()
+    maps = dgefx.granularity_maps(model, X)
+    assert model.training and list(maps) == [f"blocks.{i}" for i in range(3)]
+    config = model.blocks[0].dge_router.config
+    for block, sides in zip(dgefx.report(model).blocks, maps.values(), strict=True):
+        cells = -(-14 // config.region_side)
+        assert sides.shape == (3, cells, cells) and sides.dtype == torch.int64
+        token = sides.repeat_interleave(config.region_side, 1)[:, :14]
+        token = token.repeat_interleave(config.region_side, 2)[:, :, :14]
+        for level, side in enumerate((1, 2, 4)):
+            corner = token[:, ::side, ::side] == side  # a patch's first token has its side
+            assert int(corner.flatten(1).sum(1).max()) <= block.slots[level]
+
+
+def test_pictures(model: nn.Module, tmp_path: Path) -> None:
+    figure = dgefx.plot_granularity(model, X[:2], blocks=2)
+    assert len(figure.axes) == 2 * 3
+    figure.savefig(tmp_path / "maps.png")
+    dgefx.plot_granularity(model, X[:1], blocks=["blocks.2"], mean=(0.5,) * 3, std=(0.2,) * 3)
+    with pytest.raises(ValueError, match=r"blocks \['head'\] are not converted"):
+        dgefx.plot_granularity(model, X, blocks=["head"])
+    with pytest.raises(TypeError, match="images must"):
+        dgefx.granularity_maps(model, "image.png")
+
+
+def test_drawn_patches_tile_the_image(model: nn.Module) -> None:
+    """Every token is covered once, by a rectangle of the area of its patch."""
+    figure = dgefx.plot_granularity(model, X[:1], blocks=["blocks.1"])
+    (patches,) = figure.axes[1].collections
+    areas = [
+        (p.vertices[:, 0].max() - p.vertices[:, 0].min())
+        * (p.vertices[:, 1].max() - p.vertices[:, 1].min())
+        for p in patches.get_paths()
+    ]
+    assert sum(areas) == pytest.approx(56 * 56)
+    assert len(areas) <= sum(dgefx.report(model).blocks[1].slots)
+
+
+def test_sensitivity_curves(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not calibrated"):
+        dgefx.plot_sensitivity(model)
+    dgefx.calibrate(model, X, progress=False)
+    figure = dgefx.plot_sensitivity(model)
+    assert len(figure.axes[0].lines) == 3 and len(figure.axes[1].patches) == 3
+    figure.savefig(tmp_path / "curves.png")
