@@ -27,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dgefx
+from dgefx.nn import DGEBlock
+from dgefx.nn.capacity import plans
 from tome import ToMe, even_schedule
 
 RATIOS = (0.35, 0.4, 0.48, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -70,6 +72,22 @@ def merging_at(model: nn.Module, ratio: float, images: Tensor, dense: int) -> To
     return ToMe(model, even_schedule(high, depth))
 
 
+def equal_shares(model: nn.Module, ratio: float, images: Tensor, dense: int) -> nn.Module:
+    """A converted model with the same share of slots in every block, at most `ratio`."""
+    routers = [m.dge_router for m in model.modules() if type(m) is DGEBlock]
+    found = plans(routers[0].grid, routers[0].config)
+    low, high = 0, len(found) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        for router in routers:
+            router.plan = found[middle]
+        fits = measured_macs(model, images) / dense <= ratio
+        low, high = (middle, high) if fits else (low, middle - 1)
+    for router in routers:
+        router.plan = found[low]
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, help="safetensors of the timm model")
@@ -78,6 +96,7 @@ def main() -> None:
     parser.add_argument("--calibration-images", type=int, default=100)
     parser.add_argument("--gamma", type=float, default=0.5, help="calibrate once at")
     parser.add_argument("--each", type=float, nargs="*", default=[], help="also calibrate at these")
+    parser.add_argument("--equal", type=float, nargs="*", default=[], help="equal shares at these")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -111,6 +130,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     guessed = dgefx.convert(dense, args.gamma)
     for ratio in args.ratios:
+        if ratio in args.equal:
+            add("equal shares", equal_shares(guessed, ratio, images, macs), ratio)
         add("guessed", dgefx.set_budget(guessed, ratio), ratio)
         add(f"calibrated at {args.gamma:g}", dgefx.set_budget(calibrated, ratio), ratio)
         add("ToMe", merging_at(dense, ratio, images, macs), ratio)

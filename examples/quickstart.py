@@ -2,9 +2,9 @@
 
 Without options: a PVT v2-B0 is trained from scratch on scikit-learn's digits (a few minutes on two
 CPU cores, nothing is downloaded), converted to Dynamic Grained Encoder blocks at half its
-multiply-accumulates, timed compiled against the dense model, and fine-tuned for a moment with the
-dense model as teacher. It ends with a table, and with a picture of the granularity every image
-region was given.
+multiply-accumulates, calibrated on a hundred unlabelled training images, timed compiled against the
+dense model, and fine-tuned for a moment with the dense model as teacher. It ends with a table, and
+with a picture of the granularity every image region was given.
 
     python examples/quickstart.py
     python examples/quickstart.py --model deit_tiny_patch16_224 --pretrained --data FOLDER
@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 import _data
 import _measure
-import _picture
 import dgefx
 
 DIGITS_SIZE = 128
+CALIBRATION_IMAGES = 100
 
 
 def parse_args() -> argparse.Namespace:
@@ -215,6 +215,7 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"converting {args.model} to {args.gamma:g} of its MACs ...", highlight=False)
     images = next(iter(test_loader))[0][:4].to(args.device)
     converted = dgefx.convert(model, gamma=args.gamma, example_inputs=images[:2])
+    dgefx.calibrate(converted, train_loader, max_images=CALIBRATION_IMAGES)
     print(dgefx.report(converted))
 
     problem = "--no-compile" if args.no_compile else _measure.compile_problem(args.device)
@@ -227,8 +228,11 @@ def run(args: argparse.Namespace) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "granularity.png"
-    _picture.draw(converted, images, config["mean"], config["std"], picture)
-    console.print(f"granularity map: {picture}", highlight=False)
+    figure = dgefx.plot_granularity(converted, images, mean=config["mean"], std=config["std"])
+    figure.savefig(picture, dpi=150)
+    curves = args.out / "sensitivity.png"
+    dgefx.plot_sensitivity(converted).savefig(curves, dpi=150)
+    console.print(f"granularity map: {picture}, layer curves: {curves}", highlight=False)
 
 
 def main() -> None:

@@ -78,7 +78,8 @@ def solve(
 ) -> dict[str, Plan]:
     """The plans with the least total loss whose whole-model MAC ratio is at most `gamma`.
 
-    A knapsack over the blocks. Where it can, it spends the budget to within `SLACK`.
+    A knapsack over the blocks, solved exactly with costs rounded up to 1/16000 of what the budget
+    leaves above the floor. Where it can, it spends the budget to within `SLACK`.
 
     Args:
         choices: per converted block.
