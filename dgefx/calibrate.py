@@ -44,8 +44,6 @@ from dgefx.record import (
 _SEED = 0
 #: budget at which corrections are fitted where the model's own leaves nothing to correct
 _MIDDLE_GAMMA = 0.5
-#: a correction stays if it lowers the routed model's distance to less than this share
-_WORTHWHILE = 0.995
 _DISTANCES = ("auto", "kl", "relative")
 
 
@@ -100,7 +98,8 @@ def calibrate(
         batch_size: images per forward pass.
         distance: "kl" of the logits, "relative" squared distance of all outputs, or "auto": KL
             where the output is a classifier's logits.
-        correction_rank: rank of the corrections; None: an eighth of the block's width. 0: none.
+        correction_rank: rank of the corrections; None: a 24th of the block's width, at least
+            4. 0: none.
         progress: show a progress bar.
 
     Returns:
@@ -267,7 +266,8 @@ class _Session:
         """Fit all corrections at the allocation that `tables` give; leaves the blocks finest.
 
         Args:
-            trusted: keep them all, or only those that bring the output closer to the dense one.
+            trusted: keep them all, or only those that bring the output closer to the dense one by
+                more than their MACs would, spent on queries.
         """
         routed = self._allocation(tables, gamma)
         finest = {name: found[-1] for name, found in candidates.items()}
@@ -277,18 +277,19 @@ class _Session:
         for block in self.blocks.values():
             block.dge_router.set_correction(None)
         dense: list[list[Tensor]] = []
-        before = torch.inf
+        before, price = torch.inf, 0.0
         if not trusted:
             self._set(finest)
             dense = [reference(self._run(call), self.kind) for call in self.calls]
             self._set(routed)
             before = self._routed_distance(dense)
+            price = self._price(tables, gamma)
         for name, block in self.blocks.items():
             router = block.dge_router
             if not any(routed[name].capacities[1:]):
                 self.bar.update(len(self.calls))
                 continue
-            rank = max(1, router.channels // 8) if self.rank is None else self.rank
+            rank = max(4, router.channels // 24) if self.rank is None else self.rank
             rank = min(rank, router.channels)
             router.set_correction(
                 fit_correction(self.model, self.blocks, name, finest, routed, self._counted(), rank)
@@ -296,11 +297,29 @@ class _Session:
             if trusted:
                 continue
             after = self._routed_distance(dense)
-            if after < _WORTHWHILE * before:
+            macs = self.record.images * router.correction_macs(routed[name])
+            if after + self.calls.images * macs * price < before:
                 before = after
             else:
                 router.set_correction(None)
         self._set(finest)
+
+    def _price(self, tables: dict[str, BlockTable], gamma: float) -> float:
+        """Loss per MAC at `gamma`: what it costs to take a little of the budget away.
+
+        Over a twentieth of what the budget leaves above the floor: a smaller step is all noise.
+        """
+        self._keep(tables)
+        choices = budget_choices(self.model, self.record)
+        rest, dense = self.record.rest, self.record.macs_dense
+        floor = floor_ratio(choices, rest, dense)
+        gamma = min(max(gamma, floor), 1.0)
+        step = max(0.05 * (gamma - floor), 1e-6)
+        losses = []
+        for budget in (gamma, max(gamma - step, floor)):
+            chosen = solve(choices, rest, dense, budget)
+            losses.append(sum(_loss(tables[n], plan) for n, plan in chosen.items()))
+        return max(losses[1] - losses[0], 0.0) / (step * dense)
 
     def _run(self, call: Call) -> Any:
         args, kwargs = call
@@ -393,3 +412,7 @@ class _Session:
             measured = tuple((found[i].slots, loss) for i, loss in losses.items())
             tables[name] = BlockTable(found, interpolate(found, losses), measured)
         return tables
+
+
+def _loss(table: BlockTable, plan: Plan) -> float:
+    return table.losses[table.plans.index(plan)]
