@@ -72,27 +72,26 @@ class DGEConfig:
                     f"granularities must grow and each must divide the next, found {fine} then "
                     f"{coarse} in {sides!r}; use for example (1, 2, 4)"
                 )
-        routing = self.routing
         unit = sides[min(1, len(sides) - 1)]
-        if routing is None:
-            plain = self.region is None and self.router != "linear"
-            routing = "nested" if plain else "region"
-        if routing == "nested" and self.router == "linear":
+        object.__setattr__(self, "granularities", sides)
+        for field, allowed in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in allowed and not (field == "routing" and value is None):
+                raise ValueError(f"{field} must be one of {allowed}, found {value!r}")
+        if self.routing_mode == "nested" and self.router == "linear":
             raise ValueError(
                 'routing "nested" has no linear router: the paper\'s gate picks one granularity '
                 'per region; use routing="region" with router="linear", or router="detail"'
             )
-        if routing == "nested" and self.region not in (None, unit):
+        if self.routing_mode == "nested" and self.region not in (None, unit):
             raise ValueError(
                 f"region cannot be chosen with nested routing (its finest decisions are per patch "
                 f'of side {unit}), found {self.region!r}; leave it out or use routing="region"'
             )
-        region = self.region
-        if region is None:
-            region = unit if routing == "nested" else sides[-1]
+        region = self.region_side
         if isinstance(region, bool) or not isinstance(region, int):
             raise TypeError(f"region must be an integer number of tokens, found {region!r}")
-        if routing != "nested" and (region < 1 or region % sides[-1]):
+        if self.routing_mode != "nested" and (region < 1 or region % sides[-1]):
             raise ValueError(
                 f"region must be a multiple of the coarsest granularity {sides[-1]}, found {region}"
             )
@@ -101,21 +100,22 @@ class DGEConfig:
                 f"version {self.version!r} of DGEConfig is not known to this dgefx (it writes "
                 f"{VERSION}); use the dgefx that wrote it, or a newer one"
             )
-        object.__setattr__(self, "routing", routing)
-        for field, allowed in _CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field} must be one of {allowed}, found {getattr(self, field)!r}"
-                )
-        object.__setattr__(self, "granularities", sides)
-        object.__setattr__(self, "region", region)
+
+    @property
+    def routing_mode(self) -> str:
+        """`routing` with its default filled in."""
+        if self.routing is not None:
+            return self.routing
+        return "nested" if self.region is None and self.router != "linear" else "region"
 
     @property
     def region_side(self) -> int:
-        """The region's side in tokens (`region` with its default filled in): the cells that
+        """`region` with its default filled in: the side in tokens of the cells that
         `Routing.levels` counts in."""
-        assert self.region is not None
-        return self.region
+        if self.region is not None:
+            return self.region
+        sides = self.granularities
+        return sides[min(1, len(sides) - 1)] if self.routing_mode == "nested" else sides[-1]
 
     @property
     def levels(self) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 
 from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
 from dgefx.calibrate import calibrate, check_gamma
+from dgefx.calibration.images import check_iterable
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import solve
@@ -74,8 +75,8 @@ def convert(
         inplace: rewrite `model` itself and return it.
 
     Returns:
-        A new model of the same class with the same `state_dict` keys (plus those of learned
-        routers); shapes of inputs and outputs are unchanged.
+        A new model of the same class with the same `state_dict` keys, plus those of learned or
+        calibrated routers (`*.dge_router.*`); shapes of inputs and outputs are unchanged.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -84,10 +85,8 @@ def convert(
             is unchanged then.
     """
     value, settings = _check_arguments(model, gamma, config, filter_fn)
-    if calibration is not None and not hasattr(calibration, "__iter__"):
-        raise TypeError(
-            f"calibration must be an iterable of model inputs, found {type(calibration).__name__}"
-        )
+    if calibration is not None:
+        check_iterable("calibration", calibration)
     analysis = analyse(model, example_inputs, settings, filter_fn)
     chosen = _solve(analysis, value)
     target = install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dgefx.calibration.images import ExampleCall, placed
 from dgefx.kernels.routing import Routing
 from dgefx.nn.hierarchy import side_counts
-from dgefx.record import conversion_record, converted_blocks, unwrap
+from dgefx.record import block_macs, conversion_record, converted_blocks, unwrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +41,8 @@ def _routings(model: nn.Module, images: Any) -> dict[str, Routing]:
             )
             stack.callback(handle.remove)
         args, kwargs = placed(tensors, target, example)
+        # hooks and the eval mode are no reason to compile anything anew
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             target.eval()(*args, **kwargs)
         finally:
@@ -201,13 +203,17 @@ def plot_sensitivity(model: nn.Module) -> Figure:
     if record.calibration is None:
         raise ValueError("model is not calibrated; call dgefx.calibrate(model, images) first")
     tables = record.calibration.tables
+    blocks = converted_blocks(unwrap(model), record)
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels: Any = figure.subplots(1, 2)
     curves, shares = panels
     for index, (name, table) in enumerate(tables.items()):
-        cost = record.costs[name]
+        cost, router = record.costs[name], blocks[name].dge_router
         slots = {plan.slots: plan for plan in table.plans}
-        points = [(cost.macs(slots[s]) / cost.dense, loss) for s, loss in table.measured]
+        points = [
+            (block_macs(cost, router, slots[s], record.images) / cost.dense, loss)
+            for s, loss in table.measured
+        ]
         colour = colormaps["viridis"](index / max(len(tables) - 1, 1))
         points.append((1.0, 0.0))
         curves.plot(

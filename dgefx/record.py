@@ -85,12 +85,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def converted_blocks(model: nn.Module, record: Record) -> dict[str, DGEBlock]:
-    """The converted blocks by name, in the order they run."""
+    """The converted blocks by name, in the order they run; also those in `torch.compile`.
+
+    Raises:
+        ValueError: a block was taken out or wrapped after the conversion.
+    """
     found = {}
     for name in record.costs:
-        block = model.get_submodule(name)
-        if type(block) is DGEBlock:
-            found[name] = block
+        try:
+            block = unwrap(model.get_submodule(name))
+        except AttributeError:
+            block = None
+        if type(block) is not DGEBlock:
+            raise ValueError(
+                f"block {name} was converted but is now {type(block).__name__}; put the converted "
+                f"block back, or convert the changed model again (dgefx.revert undoes a conversion)"
+            )
+        found[name] = block
     return found
 
 
@@ -157,12 +168,17 @@ def apply_plans(model: nn.Module, record: Record, chosen: dict[str, Plan], gamma
     )
 
 
+def describe_tensor(value: Tensor) -> dict[str, Any]:
+    """Shape and dtype in JSON's terms; see `dgefx.serialize`."""
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
 def describe_call(call: Call) -> list[Any]:
     """Shapes of an example call in JSON's terms; see `dgefx.serialize.rebuild`."""
 
     def describe(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            return describe_tensor(value)
         if value is None or isinstance(value, (bool, int, float, str)):
             return {"value": value}
         return {"unknown": type(value).__name__}

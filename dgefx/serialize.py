@@ -22,10 +22,18 @@ from dgefx.kernels.correction import Correction
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import plan_of
 from dgefx.nn.router import Router
-from dgefx.record import BlockTable, Calibration, apply_plans, conversion_record
+from dgefx.record import (
+    BlockTable,
+    Calibration,
+    apply_plans,
+    conversion_record,
+    converted_blocks,
+    describe_tensor,
+    unwrap,
+)
 
-FORMAT = 2
-_READABLE = (1, 2)  # 1 had no calibration
+FORMAT = 3
+_READABLE = (1, 3)  # 1 had no calibration, 2 was never released
 CONFIG_FILE = "dgefx.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -37,16 +45,19 @@ def save(model: nn.Module, folder: str | Path) -> None:
         folder: made if missing; receives `dgefx.json` and `model.safetensors`.
 
     Raises:
-        TypeError, ValueError: not a converted model.
+        TypeError, ValueError: not a converted model, or one with single modules wrapped.
     """
     record = conversion_record(model)
+    model = unwrap(model)
+    if wrapped := [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]:
+        raise ValueError(
+            f"modules {wrapped} are wrapped by torch.compile, which changes the names of their "
+            f"weights; save the model before it is compiled, or compile it with module.compile()"
+        )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    slots = {
-        name: list(module.dge_router.plan.capacities)
-        for name, module in model.named_modules()
-        if isinstance(module, DGEBlock)
-    }
+    blocks = converted_blocks(model, record)
+    slots = {name: list(block.dge_router.plan.capacities) for name, block in blocks.items()}
     content = {
         "format": FORMAT,
         "config": record.config.to_dict(),
@@ -54,7 +65,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         "example": record.example,
         "slots": slots,
         "calibration": _describe(record.calibration),
-        "fitted": _fitted_shapes(model),
+        "fitted": _describe_fitted(blocks),
     }
     (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     save_model(model, str(path / WEIGHTS_FILE))
@@ -92,29 +103,31 @@ def _rebuild_calibration(
     return Calibration(described["distance"], described["images"], tables)
 
 
-def _fitted_shapes(model: nn.Module) -> dict[str, dict[str, list[int]]]:
-    """Shapes of what calibration fitted, per router; the values are among the weights."""
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Router):
-            found = {
-                key: list(value.shape)
-                for key in ("importance", "correction_down", "correction_up")
-                if isinstance(value := getattr(module, key), torch.Tensor)
-            }
-            if found:
-                shapes[name] = found
-    return shapes
+def _describe_fitted(blocks: dict[str, DGEBlock]) -> dict[str, dict[str, Any]]:
+    """Shapes and types of what calibration fitted, per block; the values are among the weights."""
+    described = {}
+    for name, block in blocks.items():
+        found = {
+            key: describe_tensor(value)
+            for key in ("importance", "correction_down", "correction_up")
+            if isinstance(value := getattr(block.dge_router, key), torch.Tensor)
+        }
+        if found:
+            described[name] = found
+    return described
 
 
-def _reserve(router: nn.Module, shapes: dict[str, list[int]]) -> None:
+def _reserve(router: Router, described: dict[str, Any]) -> None:
     """Make room for fitted tensors, to be filled with the weights."""
-    assert isinstance(router, Router)
-    if "importance" in shapes:
-        router.set_importance(torch.zeros(shapes["importance"]))
-    if "correction_down" in shapes:
-        down, up = (torch.zeros(shapes[f"correction_{part}"]) for part in ("down", "up"))
-        router.set_correction(Correction(down, up))
+
+    def room(key: str) -> torch.Tensor:
+        value: torch.Tensor = _rebuild(described[key])
+        return value
+
+    if "importance" in described:
+        router.set_importance(room("importance"))
+    if "correction_down" in described:
+        router.set_correction(Correction(room("correction_down"), room("correction_up")))
 
 
 def _rebuild(described: Any) -> Any:
@@ -182,8 +195,9 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
     model = install_analysis(copy.deepcopy(dense_model), analysis, content["gamma"], chosen)
     record = conversion_record(model)
     record.calibration = _rebuild_calibration(content.get("calibration"), analysis)
-    for name, shapes in content.get("fitted", {}).items():
-        _reserve(model.get_submodule(name), shapes)
+    blocks = converted_blocks(model, record)
+    for name, described in content.get("fitted", {}).items():
+        _reserve(blocks[name].dge_router, described)
     apply_plans(model, record, chosen, content["gamma"])
     try:
         missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)

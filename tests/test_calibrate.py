@@ -21,7 +21,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
 import dgefx
-from dgefx.calibration.distance import distance, find_kind, reference
+from dgefx.calibration.augment import random_views
+from dgefx.calibration.distance import compared, distance, find_kind
+from dgefx.calibration.sensitivity import interpolate
 from dgefx.nn.budget import Choices, solve
 from dgefx.nn.capacity import Plan, plans
 from dgefx.record import conversion_record
@@ -92,10 +94,16 @@ def test_convert_calibrates() -> None:
     assert "dgefx.calibrate" in str(dgefx.report(build()))
 
 
-def test_losses_are_those_of_the_block_alone() -> None:
-    """The table against a hand-made run: one block coarse, all others dense, without corrections
-    in both (their fit is a step of its own)."""
-    model = dgefx.calibrate(build(prefix=1), X, correction_rank=0, progress=False)
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("rank", [0, None])
+def test_losses_are_those_of_the_block_alone(rank: int | None, hooked: bool) -> None:
+    """The table against a hand-made run: one block coarse, all others dense, in the model as it is
+    after calibration."""
+    model = build(prefix=1)
+    if hooked:  # a hook of the user's, which a replayed block must not run twice
+        model.blocks[0].register_forward_hook(lambda _m, _a, out: out * 1.5)
+    dgefx.calibrate(model, X, 0.5, correction_rank=rank, progress=False)
+    assert any(b.dge_router.correction is not None for b in model.blocks) == (rank is None)
     found = tables(model)
     dense = dgefx.revert(model)
     with torch.no_grad():
@@ -113,13 +121,26 @@ def test_losses_are_those_of_the_block_alone() -> None:
             assert losses == sorted(losses, reverse=True) and losses[-1] == 0.0
 
 
-def test_calibration_beats_the_guess_and_equal_shares() -> None:
-    """On images it has not seen, without any training."""
+def lopsided() -> nn.Module:
+    """The third of four blocks matters most, which no guess can know."""
     torch.manual_seed(0)
     dense = randomise(TinyViT(dim=32, depth=4, prefix=1)).eval()
-    with torch.no_grad():  # the third block matters most here, which no guess can know
+    with torch.no_grad():
         for index, block in enumerate(dense.blocks):
             block.mlp[2].weight.mul_(20.0 if index == 2 else 0.5)
+    return dense
+
+
+def divergence(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    """Mean KL of the model's prediction from the dense one's, by torch."""
+    with torch.no_grad():
+        logs = (model(x).log_softmax(-1), dense(x).log_softmax(-1))
+    return float(F.kl_div(*logs, log_target=True, reduction="batchmean"))
+
+
+def test_calibration_beats_the_guess_and_equal_shares() -> None:
+    """On images it has not seen, without any training."""
+    dense = lopsided()
     guess = dgefx.convert(dense, 0.5, example_inputs=X[:2])
     model = dgefx.convert(dense, 0.5, example_inputs=X[:2], calibration=X)
     equal = copy.deepcopy(guess)
@@ -129,10 +150,52 @@ def test_calibration_beats_the_guess_and_equal_shares() -> None:
         mean = sum(b.dge_router.plan.slots for b in guess.blocks) / 4
         router.plan = min(found, key=lambda p: abs(p.slots - mean))
     fresh = images(16, SIDE, seed=99)
-    with torch.no_grad():
-        wanted = dense(fresh)
-        errors = [error(m(fresh), wanted) for m in (model, guess, equal)]
+    errors = [divergence(m, dense, fresh) for m in (model, guess, equal)]
     assert errors[0] < 0.8 * min(errors[1:])
+
+
+@pytest.mark.parametrize("gamma", [0.6, 0.9])
+def test_any_budget_after_one_calibration(gamma: float) -> None:
+    """The table describes the model as it is: more budget is never worse, on images it has not
+    seen, wherever it was calibrated."""
+    dense = lopsided()
+    model = dgefx.convert(dense, gamma, example_inputs=X[:2], calibration=X)
+    fresh = images(32, SIDE, seed=98)
+    budgets = (0.45, 0.6, 0.7, 0.8, 0.9)
+    errors = [divergence(dgefx.set_budget(model, g), dense, fresh) for g in budgets]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_refinement_brings_unseen_images_closer() -> None:
+    """Images that have something in common: smooth, with more or less detail."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> Tensor:
+        coarse, fine = (torch.randn(count, 3, s, s, generator=generator) for s in (6, 24))
+        fine = fine * torch.rand(count, 1, 1, 1, generator=generator)
+        return F.interpolate(coarse, SIDE, mode="bicubic") + F.interpolate(fine, SIDE)
+
+    dense = lopsided()
+    x, fresh = draw(24), draw(64)
+    model = dgefx.convert(dense, 0.5, example_inputs=x[:2])
+    plain = dgefx.calibrate(copy.deepcopy(model), x, refine_passes=0, progress=False)
+    refined = dgefx.calibrate(copy.deepcopy(model), x, refine_passes=40, progress=False)
+    errors = [divergence(m, dense, fresh) for m in (refined, plain)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_views_are_of_the_images() -> None:
+    """Mirrored, cropped, mixed: within the range of the batch, different each time, of its kind."""
+    x = images(6, 20).clamp(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    views = [random_views(x, generator) for _ in range(4)]
+    assert all(v.shape == x.shape and v.min() >= 0 and v.max() <= 1 for v in views)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([x, *views], 2))
+    assert random_views(x.bfloat16(), generator).dtype == torch.bfloat16
+    flat = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 20, 20)
+    for _ in range(4):  # an image of one colour has one colour in every view
+        view = random_views(flat, generator).flatten(1)
+        assert torch.allclose(view.amin(1), view.amax(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.4, 0.5, 0.6, 0.8])
@@ -272,6 +335,7 @@ def test_a_failure_halfway_leaves_the_last_calibration(calibrated: nn.Module) ->
         ({"max_images": 0}, ValueError, "max_images must be at least 1"),
         ({"batch_size": 2.5}, TypeError, "batch_size must be an integer"),
         ({"correction_rank": -1}, ValueError, "correction_rank must be at least 0"),
+        ({"refine_passes": 1.5}, TypeError, "refine_passes must be an integer"),
     ],
 )
 def test_bad_options(
@@ -338,12 +402,21 @@ def test_models_without_gradients_fall_back_to_detail() -> None:
 def test_distances_against_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(4, 7, generator=generator) for _ in range(2))
+
+    def found(dense: Any, routed: Any, kind: Any = "relative") -> Tensor:
+        return distance(compared(dense, kind, 4), compared(routed, kind, 4), kind, 4)
+
     wanted = F.kl_div(b.log_softmax(-1), a.softmax(-1), reduction="none").sum(1)
-    assert torch.allclose(distance([a], b, "kl"), wanted, atol=1e-6)
+    assert torch.allclose(found(a, b, "kl"), wanted, atol=1e-6)
     squared = (a - b).square().sum(1) / a.square().sum(1)
-    assert torch.allclose(distance([a], (b,), "relative"), squared, atol=1e-6)
-    two = distance(reference((a, 2 * a), "relative"), (b, 2 * a), "relative")
-    assert torch.allclose(two, squared / 2, atol=1e-6)
+    assert torch.allclose(found(a, (b,)), squared, atol=1e-6)
+    assert torch.allclose(found((a, 2 * a), (b, 2 * a)), squared / 2, atol=1e-6)
+    # what has no image axis does not count, wherever it stands
+    scale, anchors = torch.tensor(2.0), torch.zeros(9, 4)
+    assert torch.allclose(found((scale, anchors, a), (scale, anchors, b)), squared, atol=1e-6)
+    # images on another axis: one distance for the whole output
+    whole = (a - b).square().sum() / a.square().sum()
+    assert torch.allclose(found(a.t(), b.t()), whole.expand(4), atol=1e-6)
 
 
 def test_kind_of_output() -> None:
@@ -425,6 +498,170 @@ def test_solver_equals_brute_force(blocks: list[list[tuple[int, int]]], part: fl
     assert loss <= min(loss for _, loss in close) + 1e-9
 
 
+def test_features_at_the_address_of_a_freed_logit_are_features() -> None:
+    class Normed(TinyViT):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(self.head(self.forward_features(x).mean(1)), (5,)) * 2.0
+
+    model = dgefx.convert(randomise(Normed(dim=32)).eval(), 0.6, example_inputs=X[:2])
+    dgefx.calibrate(model, X[:4], progress=False)
+    assert conversion_record(model).calibration.distance == "relative"
+
+
+def test_interpolation_is_monotone_between_the_measured() -> None:
+    candidates = [Plan((i,)) for i in (4, 8, 12, 16)]
+    assert interpolate(candidates, {0: 3.0, 2: 1.0}) == (3.0, 2.0, 1.0, 0.0)
+    assert interpolate(candidates, {0: 0.5, 2: 1.0}) == (1.0, 1.0, 1.0, 0.0)
+
+
+class Sometimes(TinyViT):
+    """NaN or an error for images that carry a mark."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__(dim=32, depth=2)
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.wrong == "dense":
+            return torch.where(x[:, :1, 0, 0] > 50, torch.nan, out)
+        coarse = any(any(b.dge_router.plan.capacities[1:]) for b in self.blocks)
+        return out * torch.nan if coarse else out
+
+
+@pytest.mark.parametrize("wrong", ["dense", "routed"])
+def test_nan_outputs_are_refused(wrong: str) -> None:
+    model = dgefx.convert(Sometimes("dense").eval(), 0.6, example_inputs=X[:2])
+    model.wrong = wrong
+    x = X.clone()
+    x[11, 0, 0, 0] = 99.0  # in the last of the batches
+    record = copy.deepcopy(conversion_record(model))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        dgefx.calibrate(model, x, batch_size=4, progress=False)
+    assert conversion_record(model) == record
+
+
+def test_out_of_memory_is_not_taken_for_missing_gradients() -> None:
+    model = build()
+
+    def fail(_module: nn.Module, _args: Any) -> None:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("no memory")
+
+    model.head.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        dgefx.calibrate(model, X[:4], progress=False)
+
+
+def test_frozen_model_with_an_operation_in_place() -> None:
+    class InPlace(TinyViT):
+        def forward_features(self, x: Tensor) -> Tensor:
+            x = self.embed(x).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                x = block(x)
+                x.mul_(1.01)
+            return x
+
+    dense = randomise(InPlace(dim=32)).eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = dgefx.convert(dense, 0.5, example_inputs=X[:2], calibration=X)
+    assert all(b.dge_router.importance is not None for b in model.blocks)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_linear_router_calibrates_without_a_warning() -> None:
+    config = dgefx.DGEConfig(router="linear")
+    dense = randomise(TinyViT(dim=32)).eval()
+    model = dgefx.convert(dense, 0.6, example_inputs=X[:2], config=config)
+    before = model.blocks[0].dge_router.gate.weight.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dgefx.calibrate(model, X, progress=False)
+    gate = model.blocks[0].dge_router.gate
+    assert torch.equal(gate.weight, before) and gate.weight.requires_grad
+
+
+def test_inside_inference_mode() -> None:
+    model = build()
+    with torch.inference_mode():
+        dgefx.calibrate(model, X.clone(), 0.5, progress=False)
+    assert all(b.dge_router.importance is not None for b in model.blocks)
+    model.train()(X).square().mean().backward()
+
+
+def test_map_style_data_sets_and_reused_buffers(calibrated: nn.Module) -> None:
+    data = TensorDataset(X, torch.arange(12))
+    assert tables(dgefx.calibrate(build(prefix=1), data, progress=False)) == tables(calibrated)
+    buffer = torch.empty(4, 3, SIDE, SIDE)
+    batches = (buffer.copy_(part) for part in X.split(4))
+    assert tables(dgefx.calibrate(build(prefix=1), batches, progress=False)) == tables(calibrated)
+
+
+def test_corrections_leave_room_for_a_budget_at_the_floor() -> None:
+    model = build()
+    gamma = dgefx.report(model).floor + 0.002
+    dgefx.calibrate(model, X, gamma, progress=False)
+    report = dgefx.report(model)
+    assert report.floor <= report.ratio <= gamma
+    with pytest.raises(ValueError, match="under this model's floor"):
+        # refused before the model is run at all
+        handle = model.register_forward_pre_hook(lambda _m, _a: pytest.fail("the model was run"))
+        try:
+            dgefx.calibrate(model, X, 0.05, progress=False)
+        finally:
+            handle.remove()
+
+
+def test_wrapped_blocks_are_found_or_refused(calibrated: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(calibrated)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    assert dgefx.report(dgefx.set_budget(model, 0.7)).ratio == pytest.approx(0.7, abs=0.02)
+    assert macs(model, X[:2]) / macs(dgefx.revert(calibrated), X[:2]) == pytest.approx(
+        dgefx.report(model).ratio, abs=1e-6
+    )
+    with pytest.raises(ValueError, match=r"'blocks\.0'.*wrapped by torch.compile"):
+        dgefx.save(model, tmp_path)
+    model.blocks[0] = nn.Sequential(calibrated.blocks[0])
+    for call in (lambda: dgefx.set_budget(model, 0.6), lambda: dgefx.calibrate(model, X)):
+        with pytest.raises(
+            ValueError, match=r"block blocks\.0 was converted but is now Sequential"
+        ):
+            call()
+
+
+def test_compiled_in_place_calibrates_like_eager(calibrated: nn.Module, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = build(prefix=1)
+    model.compile(fullgraph=True, backend=counter)
+    dgefx.calibrate(model, X, progress=False)
+    assert counter.frame_count == 0 and tables(model) == tables(calibrated)
+    dgefx.save(torch.compile(calibrated, backend="eager"), tmp_path)
+    back = dgefx.load(tmp_path, TinyViT(dim=32, depth=4, prefix=1).eval())
+    assert torch.equal(back(X), calibrated(X))
+
+
+def test_a_forward_of_the_users_stays(calibrated: nn.Module) -> None:
+    model = copy.deepcopy(calibrated)
+    inner = model.blocks[0].forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    model.blocks[0].forward = forward
+    dgefx.calibrate(model, X[:4], progress=False)
+    assert model.blocks[0].__dict__["forward"] is forward
+
+
+def test_other_images_of_the_batch_do_not_matter(calibrated: nn.Module) -> None:
+    x = X[:3].clone()
+    x[1] = torch.nan
+    with torch.no_grad():
+        found = calibrated(x)
+        assert torch.allclose(found[::2], calibrated(X[:3])[::2], atol=1e-5)
+
+
 def test_hugging_face_and_pyramid_models() -> None:
     config = transformers.ViTConfig(
         hidden_size=48,
@@ -449,11 +686,19 @@ def test_hugging_face_and_pyramid_models() -> None:
     assert dgefx.report(model).calibrated
 
 
-def test_half_precision_model() -> None:
+def test_half_precision_model(tmp_path: Path) -> None:
     model = build().to(torch.bfloat16)
     dgefx.calibrate(model, X, 0.5, progress=False)
-    assert model(X.bfloat16()).dtype == torch.bfloat16
-    assert torch.isfinite(model(X.bfloat16())).all()
+    x = X.bfloat16()
+    assert model(x).dtype == torch.bfloat16
+    assert torch.isfinite(model(x)).all()
+    for converted in (model, build().to(torch.float32)):
+        dgefx.calibrate(converted, X, 0.5, progress=False).bfloat16()  # fitted tensors too
+        dgefx.save(converted, tmp_path)
+        back = dgefx.load(tmp_path, TinyViT(dim=32, depth=4).eval().bfloat16())
+        assert torch.equal(back(x), converted(x))
+        kinds = [{n: t.dtype for n, t in m.state_dict().items()} for m in (back, converted)]
+        assert kinds[0] == kinds[1]
 
 
 def test_training_after_calibration(calibrated: nn.Module) -> None:

@@ -60,7 +60,7 @@ def test_any_routing_is_exact_on_patch_constant_input(
     dense = randomise(TinyViT(prefix=prefix, order=order, depth=1)).eval()
     region = None if factor is None else sides[-1] * factor
     config = dgefx.DGEConfig(granularities=sides, region=region)
-    assert config.routing == ("region" if factor else "nested")
+    assert config.routing_mode == ("region" if factor else "nested")
     model = dgefx.convert(
         dense, 1.0, example_inputs=images(2, (4 * height, 4 * width)), config=config
     )
@@ -75,7 +75,7 @@ def test_any_routing_is_exact_on_patch_constant_input(
     region = config.region_side
     regions = -(-height // region) * -(-width // region)
     levels = torch.randint(0, len(sides), (count, regions), generator=generator)
-    if config.routing == "nested":
+    if config.routing_mode == "nested":
         levels = nested_levels(levels, (height, width), sides)
     impose(model.blocks[0], levels)
     with torch.no_grad():

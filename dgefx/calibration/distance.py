@@ -34,7 +34,8 @@ def find_kind(model: nn.Module, output: Any, linear_outputs: set[int]) -> Kind:
     or what an `nn.Linear` returned (features come out of a norm or a pool).
 
     Args:
-        linear_outputs: addresses of what the `nn.Linear` modules of this call returned.
+        linear_outputs: addresses of what the `nn.Linear` modules of this call returned, all of it
+            still alive (a freed address is used again).
     """
     logits = logits_of(output)
     if logits is None:
@@ -46,50 +47,52 @@ def find_kind(model: nn.Module, output: Any, linear_outputs: set[int]) -> Kind:
     return "kl" if named or known or logits.data_ptr() in linear_outputs else "relative"
 
 
-def reference(output: Any, kind: Kind) -> list[Tensor]:
-    """The tensors of an output that distances are taken of, detached, in float32."""
+def compared(output: Any, kind: Kind, images: int) -> list[Tensor]:
+    """The tensors of an output that distances are taken of, in float32; gradients flow.
+
+    Logits, or every floating point tensor with one entry per image on its first axis. An output
+    that has none such (images on another axis) is compared whole.
+    """
     if kind == "kl":
         logits = logits_of(output)
         assert logits is not None
-        return [logits.detach().float()]
-    return [t.detach().float() for t in output_tensors(output)]
+        return [logits.float()]
+    tensors = [t.float() for t in output_tensors(output) if t.numel()]
+    per_image = [t for t in tensors if t.dim() and t.shape[0] == images]
+    return per_image or tensors
 
 
-def distance(dense: list[Tensor], routed: Any, kind: Kind) -> Tensor:
-    """(B,) distance of every image's output.
+def distance(dense: list[Tensor], routed: list[Tensor], kind: Kind, images: int) -> Tensor:
+    """(B,) distance of every image's output; gradients flow through `routed`.
 
     Args:
-        dense: `reference` of the dense output.
-        routed: output of the same call.
+        dense, routed: `compared` of the two outputs of one call.
+        images: B.
     """
-    found = reference(routed, kind)
     if kind == "kl":
         wanted = dense[0].log_softmax(-1)
-        return (wanted.exp() * (wanted - found[0].log_softmax(-1))).sum(-1)
-    images = dense[0].shape[0]
+        return (wanted.exp() * (wanted - routed[0].log_softmax(-1))).sum(-1)
     total = torch.zeros(images, device=dense[0].device)
-    for a, b in zip(found, dense, strict=True):
-        if b.dim() and b.shape[0] == images:
-            a, b = a.reshape(images, -1), b.reshape(images, -1)
-            total = total + (a - b).square().sum(1) / b.square().sum(1).clamp(min=1e-12)
+    for a, b in zip(routed, dense, strict=True):
+        rows = images if b.dim() and b.shape[0] == images else 1
+        a, b = a.reshape(rows, -1), b.reshape(rows, -1)
+        total = total + (a - b).square().sum(1) / b.square().sum(1).clamp(min=1e-12)
     return total / len(dense)
 
 
-def probe(output: Any, kind: Kind, generator: torch.Generator) -> Tensor:
+def probe(output: Any, kind: Kind, images: int, generator: torch.Generator) -> Tensor:
     """A random scalar of the output: the log-probability of a class drawn from the prediction, or
     a random projection of the relative output. Gradients flow."""
+    tensors = compared(output, kind, images)
     if kind == "kl":
-        logits = logits_of(output)
-        assert logits is not None
-        scores = logits.float().log_softmax(-1)
+        scores = tensors[0].log_softmax(-1)
         drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
         return scores.gather(1, drawn.to(scores.device)).sum()
-    total: Tensor | None = None
-    for tensor in output_tensors(output):
-        flat = tensor.float().reshape(tensor.shape[0] if tensor.dim() else 1, -1)
+    total = torch.zeros((), device=tensors[0].device)
+    for tensor in tensors:
+        rows = images if tensor.dim() and tensor.shape[0] == images else 1
+        flat = tensor.reshape(rows, -1)
         noise = torch.randn(flat.shape, generator=generator).to(flat.device)
         size = flat.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
-        part = (noise * flat / size).sum()
-        total = part if total is None else total + part
-    assert total is not None
+        total = total + (noise * flat / size).sum()
     return total

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgefx.calibration.augment import random_views
 from dgefx.passes.capture import Call
 
 #: names under which data sets keep images, if the model's own parameter name is not among them
@@ -22,7 +23,7 @@ class ExampleCall:
     """How the model was called at conversion: which arguments are tensors, and of which shape.
 
     Args:
-        described: as `dgefx.convert.describe_call` writes it.
+        described: as `dgefx.record.describe_call` writes it.
     """
 
     def __init__(self, described: list[Any], model: nn.Module) -> None:
@@ -114,6 +115,20 @@ def _checked(value: Any, wanted: Any, index: int) -> Tensor:
     return batch
 
 
+def check_iterable(name: str, images: Any) -> None:
+    """Raise TypeError where argument `name` is no iterable of model inputs."""
+    try:
+        if isinstance(images, (str, bytes, Mapping)):
+            raise TypeError
+        if not isinstance(images, Iterator):
+            iter(images)  # also what has only __getitem__, as map-style data sets do
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an iterable of model inputs (a DataLoader, a data set, a list of "
+            f"tensors, a tensor of images), found {type(images).__name__}"
+        ) from None
+
+
 def read_images(
     images: Iterable[Any], example: ExampleCall, limit: int, batch_size: int
 ) -> list[dict[int | str, Tensor]]:
@@ -130,14 +145,10 @@ def read_images(
         example.described(example.first)["shape"]
     ):
         images = [images]
-    if isinstance(images, (str, bytes, Mapping)) or not hasattr(images, "__iter__"):
-        raise TypeError(
-            f"images must be an iterable of model inputs (a DataLoader, a list of tensors, a "
-            f"tensor of images), found {type(images).__name__}"
-        )
+    check_iterable("images", images)
     columns: dict[int | str, list[Tensor]] = {slot: [] for slot in example.slots}
     count = 0
-    for index, item in enumerate(_until(images)):
+    for index, item in enumerate(iter(images)):
         found = example.tensors(item, index)
         batches = {
             slot: _checked(found[slot], example.described(slot), index) for slot in example.slots
@@ -146,7 +157,8 @@ def read_images(
         if len(set(sizes.values())) > 1:
             raise ValueError(f"images: item {index} has tensors of different batch sizes {sizes}")
         for slot, batch in batches.items():
-            columns[slot].append(batch[: limit - count])
+            # a copy: a loader may fill the same memory again
+            columns[slot].append(batch[: limit - count].clone())
         count += min(next(iter(sizes.values())), limit - count)
         if count >= limit:
             break
@@ -157,10 +169,6 @@ def read_images(
         {slot: tensor[start : start + batch_size] for slot, tensor in whole.items()}
         for start in range(0, count, batch_size)
     ]
-
-
-def _until(images: Iterable[Any]) -> Iterator[Any]:
-    yield from images
 
 
 def placed(batch: dict[int | str, Tensor], model: nn.Module, example: ExampleCall) -> Call:
@@ -174,3 +182,46 @@ def placed(batch: dict[int | str, Tensor], model: nn.Module, example: ExampleCal
             for slot, t in batch.items()
         }
     )
+
+
+class CalibrationCalls:
+    """The calibration images as calls of the model, made anew each time.
+
+    Args:
+        batches: as `read_images` returns them.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: ExampleCall, batches: list[dict[int | str, Tensor]]
+    ) -> None:
+        self.model, self.example, self.batches = model, example, batches
+        self.sizes = [next(iter(batch.values())).shape[0] for batch in batches]
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return sum(self.sizes)
+
+    def __iter__(self) -> Iterator[tuple[Call, int]]:
+        """Calls, with the number of images in each."""
+        for batch, size in zip(self.batches, self.sizes, strict=True):
+            yield placed(batch, self.model, self.example), size
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def some(self, share: int) -> CalibrationCalls:
+        """Every `share`-th batch."""
+        return CalibrationCalls(self.model, self.example, self.batches[::share])
+
+    def views(self, generator: torch.Generator) -> Iterator[tuple[Call, int]]:
+        """Once through the images in random order, altered at random (`random_views`) where the
+        model takes nothing but a batch of images; batches as large as the first."""
+        whole = {slot: torch.cat([b[slot] for b in self.batches]) for slot in self.batches[0]}
+        order = torch.randperm(self.images, generator=generator)
+        for picked in order.split(self.sizes[0]):
+            batch = {slot: tensor[picked.to(tensor.device)] for slot, tensor in whole.items()}
+            (first, tensor), *others = batch.items()
+            if not others and tensor.dim() == 4 and tensor.is_floating_point():
+                batch[first] = random_views(tensor, generator)
+            yield placed(batch, self.model, self.example), len(picked)

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.calibration.distance import Kind, probe
+from dgefx.calibration.gradients import gradients
 from dgefx.kernels.layout import to_tokens
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.router import Router
@@ -77,7 +78,9 @@ class _Recorder:
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 3:
                 if not leaf.requires_grad:
-                    leaves[index] = leaf = leaf.detach().requires_grad_()
+                    # not the leaf itself: the model may go on in place
+                    leaf = leaf.detach().requires_grad_().clone()
+                    leaves[index] = leaf
                 self.outputs.append(leaf)
                 return pytree.tree_unflatten(leaves, spec)
         return output
@@ -118,11 +121,11 @@ class ImportanceFit:
         self.generator = torch.Generator().manual_seed(seed)
         self.fits = {name: _Regression() for name in blocks}
 
-    def add(self, model: nn.Module, call: Call) -> None:
-        """One batch: a forward pass and a few backward passes to the blocks' outputs.
+    def add(self, model: nn.Module, call: Call, images: int) -> None:
+        """One batch of `images`: a forward pass and a few backward passes to the blocks' outputs.
 
         Raises:
-            RuntimeError: the model's output does not carry gradients.
+            NoGradientsError: the model's output does not carry gradients.
         """
         args, kwargs = call
         with torch.enable_grad(), _recording(self.blocks) as recorders:
@@ -131,11 +134,10 @@ class ImportanceFit:
             tensors = [recorders[name].outputs[i] for name, i in places]
             sums: list[Tensor | None] = [None] * len(places)
             for _ in range(PROBES):
-                scalar = probe(output, self.kind, self.generator)
-                gradients = torch.autograd.grad(
-                    scalar, tensors, retain_graph=True, allow_unused=True
-                )
-                for index, ((name, i), gradient) in enumerate(zip(places, gradients, strict=True)):
+                scalar = probe(output, self.kind, images, self.generator)
+                found_gradients = gradients(scalar, tensors, retain_graph=True)
+                pairs = zip(places, found_gradients, strict=True)
+                for index, ((name, i), gradient) in enumerate(pairs):
                     if gradient is None or i >= len(recorders[name].seen):
                         continue
                     found = recorders[name].regions(gradient, recorders[name].seen[i][1])

@@ -7,7 +7,7 @@ between. The dense stream before the block is replayed from memory, so only what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from dgefx.calibration.distance import Kind, distance
+from dgefx.calibration.distance import Kind, compared, distance
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan, plan_from_fractions, plans
 from dgefx.passes.capture import Call
@@ -54,7 +54,7 @@ class GainRecorder:
         router = self.router
         grid, config = router.grid, router.config
         known = plans(grid, config)
-        if config.routing == "layer" or not self.gains or config.levels == 1:
+        if config.routing_mode == "layer" or not self.gains or config.levels == 1:
             return known
         gains = [torch.cat(level) for level in zip(*self.gains, strict=True)]
         pooled = torch.cat([g.flatten() for g in gains]).double().sort().values
@@ -112,6 +112,7 @@ class Trajectory:
 
     Args:
         blocks: the converted blocks, at their finest plans.
+        images: in the batch.
     """
 
     def __init__(
@@ -119,9 +120,10 @@ class Trajectory:
         model: nn.Module,
         blocks: dict[str, DGEBlock],
         call: Call,
-        reference: Callable[[Any], Any],
+        images: int,
+        kind: Kind,
     ) -> None:
-        self.model, self.blocks, self.call = model, blocks, call
+        self.model, self.blocks, self.call, self.images = model, blocks, call, images
         returned: dict[str, list[Any]] = {name: [] for name in blocks}
         self.order: list[str] = []
 
@@ -132,12 +134,13 @@ class Trajectory:
 
         with ExitStack() as stack:
             for name, block in blocks.items():
+                # first of all hooks: the replayed output goes through the others again
                 handle = block.register_forward_hook(
-                    lambda _m, _a, output, name=name: keep(name, output)
+                    lambda _m, _a, output, name=name: keep(name, output), prepend=True
                 )
                 stack.callback(handle.remove)
             args, kwargs = clone(call)
-            self.output = reference(model(*args, **kwargs))
+            self.output = compared(model(*args, **kwargs), kind, images)
         # a block that runs several times cannot be replayed from one output
         self.replayable = {n: r[0] for n, r in returned.items() if len(r) == 1}
 
@@ -154,7 +157,8 @@ class Trajectory:
                     routed = self.model(*args, **kwargs)
                 finally:
                     router.plan = finest
-                totals.append(float(distance(self.output, routed, kind).sum()))
+                found = compared(routed, kind, self.images)
+                totals.append(float(distance(self.output, found, kind, self.images).sum()))
         return totals
 
     @contextmanager

@@ -16,6 +16,11 @@ from torch import Tensor
 _PAIRS_LIMIT = 400
 
 
+def _ranked(gain: Tensor) -> Tensor:
+    """NaN as the least gain: compared as it is, it would take slots that it does not have."""
+    return torch.where(gain.isnan(), -torch.inf, gain)
+
+
 def _running_total(values: Tensor, gain: Tensor) -> Tensor:
     """Sum of `values` over a region and all that come before it by falling gain (ties: in order).
 
@@ -74,7 +79,7 @@ def allocate_levels(
         capacity, price = capacities[level], uniform[level]
         if not capacity:
             continue
-        gain = gains[:, :, level]
+        gain = _ranked(gains[:, :, level])
         if price is not None:
             taken = _take_best(gain, free, capacity // price)
         else:
@@ -117,10 +122,11 @@ def allocate_nested(
         budget, price = budgets[level], uniform[level]
         if not budget:
             break
+        gain = _ranked(gains[level])
         if price is not None:
-            split = _take_best(gains[level], present, budget // price)
+            split = _take_best(gain, present, budget // price)
         else:
-            split = _take_within(gains[level], present, children[level], budget)
+            split = _take_within(gain, present, children[level], budget)
         levels = torch.where(split[:, holders[level]] if level else split, level, levels)
         if level:
             present = split[:, parents[level]]

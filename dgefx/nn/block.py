@@ -183,11 +183,14 @@ class DGEBlock(nn.Module):
         def replay(*_args: Any, **_kwargs: Any) -> Any:
             return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
 
+        before = self.__dict__.get("forward")  # of the instance, where somebody put one
         self.__dict__["forward"] = replay
         try:
             yield
         finally:
             del self.__dict__["forward"]
+            if before is not None:
+                self.__dict__["forward"] = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self._dge_spec.bind(args, kwargs)

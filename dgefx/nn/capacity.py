@@ -59,7 +59,7 @@ def _region_costs(grid: tuple[int, int], side: int, region: int) -> list[int]:
 
 def plan_of(grid: tuple[int, int], config: DGEConfig, capacities: tuple[int, ...]) -> Plan:
     """The plan with given slots per level, as `Plan.capacities` lists them."""
-    if config.routing != "nested":
+    if config.routing_mode != "nested":
         return Plan(capacities)
     return Plan(capacities, nested_budgets(grid, config, capacities))
 
@@ -68,7 +68,7 @@ def plan_from_fractions(
     grid: tuple[int, int], config: DGEConfig, fractions: tuple[float, ...]
 ) -> Plan:
     """Slots per level when `fractions` (one per level, sum 1) of the grid have each granularity."""
-    if config.routing == "nested":
+    if config.routing_mode == "nested":
         return plan_of(grid, config, nested_capacities(grid, config, fractions))
     totals = [patch_count(grid, side) for side in config.granularities]
     for level, fraction in enumerate(fractions):
@@ -125,7 +125,7 @@ def plans(grid: tuple[int, int], config: DGEConfig) -> tuple[Plan, ...]:
         plan_from_fractions(grid, config, tuple(float(i == level) for i in range(levels)))
         for level in range(levels)
     ]
-    if config.routing == "layer":
+    if config.routing_mode == "layer":
         return tuple(sorted(set(pure), key=lambda plan: plan.slots))
     regions = region_count(grid, config.region_side)
     costs = [patch_count(grid, side) / regions for side in config.granularities]

@@ -48,8 +48,8 @@ def importance_logits(cells: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (B, rows, columns, 1), zero on average.
     """
-    cells = cells.detach().to(weight.dtype)
-    logits = F.layer_norm(cells, cells.shape[-1:]) @ weight
+    cells = cells.detach().float()
+    logits = F.layer_norm(cells, cells.shape[-1:]) @ weight.float()
     logits = logits - logits.mean((1, 2), keepdim=True)
     return logits.clamp(-_LIMIT, _LIMIT).unsqueeze(-1)
 

@@ -91,7 +91,7 @@ class Router(nn.Module):
             tables = level_tables(grid, side, config.region_side, torch.device("cpu"))
             for name, table in zip(LevelTables._fields, tables, strict=True):
                 self.register_buffer(f"{name}_{level}", table, persistent=False)
-        if config.routing == "nested":
+        if config.routing_mode == "nested":
             for level in range(config.levels - 1):
                 nested = self._build_nested(level, grid, torch.device("cpu"))
                 for name, table in zip(NestedTables._fields, nested, strict=True):
@@ -207,7 +207,7 @@ class Router(nn.Module):
             cells = self._region_means(scores.sums, scores.tables, grid)
             logits = importance_logits(cells, self.importance)
         sides = self.config.granularities
-        if self.config.routing == "nested":
+        if self.config.routing_mode == "nested":
             nested = self.nested_tables(grid, scores.sums[0].device)
             shapes = [(*side_counts(grid, side), 1) for side in sides[1:]]
             children = [t.children.view(s) for t, s in zip(nested, shapes, strict=True)]
@@ -226,7 +226,7 @@ class Router(nn.Module):
         last = self.config.levels - 1
         tokens = self.tables(self.grid, torch.device("cpu"))[0].region_cost.cpu()
         levels = torch.full((gains[0].shape[0], len(tokens)), last)
-        if self.config.routing != "nested":
+        if self.config.routing_mode != "nested":
             for level in reversed(range(last)):
                 levels = torch.where(gains[level] > threshold, level, levels)
         else:
@@ -283,7 +283,7 @@ class Router(nn.Module):
         if not gains:
             regions = tables[0].region_cost.shape[0]
             return torch.zeros((1, regions), dtype=torch.int64, device=tables[0].region_cost.device)
-        if self.config.routing != "nested":
+        if self.config.routing_mode != "nested":
             costs = [t.region_cost for t in tables]
             stacked = torch.stack(gains, -1)
             return allocate_levels(stacked, costs, plan.capacities, self._uniform_costs(grid))

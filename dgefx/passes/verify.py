@@ -118,7 +118,7 @@ def random_levels(block: DGEBlock, images: int, generator: torch.Generator) -> T
     router = block.dge_router
     regions = region_count(router.grid, router.config.region_side)
     levels = torch.randint(0, router.config.levels, (images, regions), generator=generator)
-    if router.config.routing == "nested" and router.config.levels > 1:
+    if router.config.routing_mode == "nested" and router.config.levels > 1:
         return nested_levels(levels, router.grid, router.config.granularities)
     return levels
 

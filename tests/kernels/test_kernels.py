@@ -61,7 +61,7 @@ def draw(case: dict, channels: int = 3) -> tuple[Tensor, Routing, Router]:
     )
     regions = router.region_cost_0.shape[0]
     levels = torch.randint(0, len(case["sides"]), (case["count"], regions))
-    if config.routing == "nested" and config.levels > 1:
+    if config.routing_mode == "nested" and config.levels > 1:
         levels = nested_levels(levels, grid, case["sides"])
     return tokens, router.routing_for(tokens, levels), router
 
