@@ -4,12 +4,15 @@
 
 IMAGES has `train/WNID/*` and `val/WNID/*` (Imagenette, say). Prints, per MAC ratio, top-1 over all
 1000 classes: dgefx with shares guessed from depth, dgefx calibrated once at `--gamma` and then only
-`set_budget`, dgefx calibrated at each ratio, and token merging (`benchmarks/tome.py`).
+`set_budget` (with the corrections refined and without), dgefx calibrated at each ratio, and token
+merging (`benchmarks/tome.py`). With `--split`, it is calibrated on every other class only, and the
+rows are printed for these classes and for the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -34,18 +37,19 @@ from tome import ToMe, even_schedule
 RATIOS = (0.35, 0.4, 0.48, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def load_images(folder: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 224, 224) and their ImageNet classes; a fixed random `count` of them."""
+def find_images(folder: Path) -> tuple[list[Path], Tensor]:
+    """Image files in a fixed random order, and their ImageNet classes."""
     classes = {wnid: i for i, wnid in enumerate(sorted(ImageNetInfo().label_names()))}
     files = sorted(folder.glob("*/*.*"))
-    if count is not None:
-        random.Random(0).shuffle(files)
-        files = files[:count]
+    random.Random(0).shuffle(files)
+    return files, torch.tensor([classes[f.parent.name] for f in files])
+
+
+def load_images(files: list[Path]) -> Tensor:
+    """(N, 3, 224, 224)."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     transform = create_transform(224, crop_pct=1.0, interpolation="bicubic", mean=mean, std=std)
-    bar = tqdm(files, desc=f"read {folder.name}")
-    images = torch.stack([transform(Image.open(f).convert("RGB")) for f in bar])
-    return images, torch.tensor([classes[f.parent.name] for f in files])
+    return torch.stack([transform(Image.open(f).convert("RGB")) for f in tqdm(files, desc="read")])
 
 
 @torch.inference_mode()
@@ -98,48 +102,63 @@ def main() -> None:
     parser.add_argument("--each", type=float, nargs="*", default=[], help="also calibrate at these")
     parser.add_argument("--equal", type=float, nargs="*", default=[], help="equal shares at these")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
+    parser.add_argument("--split", action="store_true", help="calibrate on half of the classes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     dense = timm.create_model(args.model).eval()
     dense.load_state_dict(load_file(args.weights))
-    calibration, _ = load_images(args.images / "train", args.calibration_images)
-    images, labels = load_images(args.images / "val")
+    train, train_labels = find_images(args.images / "train")
+    val, labels = find_images(args.images / "val")
+    groups = {"all": torch.ones_like(labels, dtype=torch.bool)}
+    if args.split:
+        classes = labels.unique()[::2]
+        seen = torch.isin(train_labels, classes).tolist()
+        train = [file for file, known in zip(train, seen, strict=True) if known]
+        groups = {"calibrated on": torch.isin(labels, classes)}
+        groups["others"] = ~groups["calibrated on"]
+    calibration, images = load_images(train[: args.calibration_images]), load_images(val)
     macs = measured_macs(dense, images)
     reference = outputs(dense, images)
-    top1 = 100 * float((reference.argmax(1) == labels).float().mean())
+    correct = reference.argmax(1) == labels
+    top1 = {name: 100 * float(correct[group].float().mean()) for name, group in groups.items()}
     rows: list[dict[str, float | str]] = []
 
     def add(label: str, model: nn.Module, asked: float) -> None:
         found = outputs(model, images)
-        accuracy = 100 * float((found.argmax(1) == labels).float().mean())
+        right = found.argmax(1) == labels
         logs, other = reference.log_softmax(-1), found.log_softmax(-1)
-        row = {
-            "method": label,
-            "asked": asked,
-            "ratio": measured_macs(model, images) / macs,
-            "top-1": accuracy,
-            "drop": top1 - accuracy,
-            "KL": float((logs.exp() * (logs - other)).sum(-1).mean()),
-        }
-        rows.append(row)
-        tqdm.write(str({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
+        distance = (logs.exp() * (logs - other)).sum(-1)
+        for name, group in groups.items():
+            accuracy = 100 * float(right[group].float().mean())
+            row = {
+                "method": label,
+                "classes": name,
+                "asked": asked,
+                "ratio": measured_macs(model, images) / macs,
+                "top-1": accuracy,
+                "drop": top1[name] - accuracy,
+                "KL": float(distance[group].mean()),
+            }
+            rows.append(row)
+            tqdm.write(str({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
 
-    start = time.perf_counter()
-    calibrated = dgefx.convert(dense, args.gamma, calibration=calibration)
-    seconds = time.perf_counter() - start
     guessed = dgefx.convert(dense, args.gamma)
+    start = time.perf_counter()
+    calibrated = dgefx.calibrate(copy.deepcopy(guessed), calibration)
+    seconds = time.perf_counter() - start
+    plain = dgefx.calibrate(copy.deepcopy(guessed), calibration, refine_passes=0)
     for ratio in args.ratios:
         if ratio in args.equal:
             add("equal shares", equal_shares(guessed, ratio, images, macs), ratio)
         add("guessed", dgefx.set_budget(guessed, ratio), ratio)
         add(f"calibrated at {args.gamma:g}", dgefx.set_budget(calibrated, ratio), ratio)
+        add("calibrated, not refined", dgefx.set_budget(plain, ratio), ratio)
         add("ToMe", merging_at(dense, ratio, images, macs), ratio)
     for ratio in args.each:
         add("calibrated at each", dgefx.convert(dense, ratio, calibration=calibration), ratio)
-    table = Table(
-        title=f"dense {top1:.2f} %, calibration {seconds:.0f} s, torch {torch.__version__}"
-    )
+    shown = ", ".join(f"{name} {value:.2f} %" for name, value in top1.items())
+    table = Table(title=f"dense: {shown}; calibration {seconds:.0f} s, torch {torch.__version__}")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
