@@ -71,12 +71,11 @@ class Session:
         record.calibration = None
         self._check_budget()
         self.kind = self._kind(settings.distance)
-        steps = len(calls) * (2 + len(self.blocks))
+        blocks, batches = len(self.blocks), len(calls)
+        steps = batches * (2 + blocks)
         if settings.correction_rank != 0:
-            steps += len(calls) * len(self.blocks)
-            if settings.refine_passes:
-                steps += len(calls.some(_FEW)) * len(self.blocks)
-                steps += len(calls) * settings.refine_passes
+            steps += 2 * batches * blocks + len(calls.some(_FEW)) * blocks
+            steps += batches * settings.refine_passes
         self.bar = tqdm(total=steps, desc="calibrate", unit="batch", disable=not settings.progress)
 
     @torch.no_grad()
