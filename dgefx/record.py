@@ -7,6 +7,7 @@ budget becomes slots.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,12 @@ def converted_blocks(model: nn.Module, record: Record) -> dict[str, DGEBlock]:
     return found
 
 
+def set_plans(blocks: Mapping[str, DGEBlock], chosen: Mapping[str, Plan]) -> None:
+    """Give converted blocks their slots, and nothing else."""
+    for name, plan in chosen.items():
+        blocks[name].dge_router.plan = plan
+
+
 def block_macs(cost: BlockCost, router: Router, plan: Plan, images: int) -> float:
     """MACs of a converted block for the example batch, with its correction if it has one."""
     return cost.macs(plan) + images * router.correction_macs(plan)
@@ -174,7 +181,7 @@ def describe_tensor(value: Tensor) -> dict[str, Any]:
 
 
 def describe_call(call: Call) -> list[Any]:
-    """Shapes of an example call in JSON's terms; see `dgefx.serialize.rebuild`."""
+    """Shapes of an example call in JSON's terms; see `dgefx.serialize`."""
 
     def describe(value: Any) -> Any:
         if isinstance(value, Tensor):

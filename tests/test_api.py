@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -189,6 +190,10 @@ def test_deepcopy_and_pickle(converted: nn.Module) -> None:
 def test_config_round_trips() -> None:
     config = dgefx.DGEConfig(granularities=(1, 3), region=6, routing="layer", router="linear")
     assert dgefx.DGEConfig.from_json(config.to_json()) == config
+    # defaults stay defaults when other fields are replaced
+    other = dataclasses.replace(dgefx.DGEConfig(), router="linear", granularities=(1, 3))
+    assert (other.routing_mode, other.region_side) == ("region", 3)
+    assert dgefx.DGEConfig.from_json(other.to_json()) == other
     assert json.loads(config.to_json())["version"] == 1
     with pytest.raises(ValueError, match="does not know the fields \\['gammma'\\]"):
         dgefx.DGEConfig.from_dict({"gammma": 1})

@@ -24,6 +24,7 @@ from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
 from dgefx.passes.capture import Call
+from dgefx.record import set_plans
 
 #: of every feature's own variance
 RIDGE = 0.3
@@ -91,9 +92,9 @@ def fit_correction(
     router = block.dge_router
     normal: tuple[Tensor, Tensor] | None = None
     for call in calls:
-        _set(blocks, finest)
+        set_plans(blocks, finest)
         dense = _run_until(model, block, call)
-        _set(blocks, routed)
+        set_plans(blocks, routed)
         found = _run_until(model, block, call)
         if dense is None or found is None:
             return None
@@ -106,11 +107,6 @@ def fit_correction(
         left, right = x.t() @ x, x.t() @ y
         normal = (left, right) if normal is None else (normal[0] + left, normal[1] + right)
     return None if normal is None else _solve(*normal, rank)
-
-
-def _set(blocks: dict[str, DGEBlock], chosen: dict[str, Plan]) -> None:
-    for name, plan in chosen.items():
-        blocks[name].dge_router.plan = plan
 
 
 def _solve(left: Tensor, right: Tensor, rank: int) -> Correction | None:

@@ -6,13 +6,41 @@ Shared by `importance` and `refine`, the two steps of calibration that need them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dgefx.passes.capture import Call
 
 
 class NoGradientsError(Exception):
     """The model's output carries no gradients."""
+
+
+def _is_fault(error: RuntimeError) -> bool:
+    """Whether the device failed or memory ran out: no word about gradients."""
+    faults = (torch.OutOfMemoryError, torch.AcceleratorError)
+    return isinstance(error, faults) or "allocate memory" in str(error)
+
+
+def run_with_gradients(model: nn.Module, call: Call) -> Any:
+    """The output of `call`, with its graph.
+
+    Raises:
+        NoGradientsError: the model runs without gradients only (it changes weights in place, or
+            they were made in inference mode).
+    """
+    args, kwargs = call
+    try:
+        with torch.enable_grad():
+            return model(*args, **kwargs)
+    except RuntimeError as error:
+        if _is_fault(error):
+            raise
+        with torch.no_grad():
+            model(*args, **kwargs)  # whatever is wrong with the model itself is raised here
+        raise NoGradientsError(str(error)) from error
 
 
 def gradients(
@@ -27,7 +55,7 @@ def gradients(
         raise NoGradientsError("its graph is cut, by detach() or no_grad()")
     try:
         return torch.autograd.grad(scalar, tensors, retain_graph=retain_graph, allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # an operation without a derivative
+        if _is_fault(error):
+            raise
         raise NoGradientsError(str(error)) from error

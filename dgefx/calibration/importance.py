@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.calibration.distance import Kind, probe
-from dgefx.calibration.gradients import gradients
+from dgefx.calibration.gradients import gradients, run_with_gradients
 from dgefx.kernels.layout import to_tokens
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.router import Router
@@ -127,9 +127,8 @@ class ImportanceFit:
         Raises:
             NoGradientsError: the model's output does not carry gradients.
         """
-        args, kwargs = call
         with torch.enable_grad(), _recording(self.blocks) as recorders:
-            output = model(*args, **kwargs)
+            output = run_with_gradients(model, call)
             places = [(n, i) for n, r in recorders.items() for i in range(len(r.outputs))]
             tensors = [recorders[name].outputs[i] for name, i in places]
             sums: list[Tensor | None] = [None] * len(places)

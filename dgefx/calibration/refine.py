@@ -9,17 +9,19 @@ is changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dgefx.calibration.distance import Kind, compared, distance
-from dgefx.calibration.gradients import gradients
+from dgefx.calibration.gradients import gradients, run_with_gradients
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
 from dgefx.nn.router import Router
 from dgefx.passes.capture import Call
+from dgefx.record import set_plans
 
 #: size of a step, relative to the root mean square of the numbers that are moved
 RATE = 0.02
@@ -84,30 +86,33 @@ def refine_corrections(
     for handle in handles:
         handle.parameter.requires_grad_()
     optimiser = torch.optim.Adam([h.moved for h in handles], lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, RATE, total_steps=steps, pct_start=_WARM_UP
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
     for step, (call, images) in zip(range(steps), views, strict=False):
         args, kwargs = call
-        _set(blocks, finest)
+        set_plans(blocks, finest)
         with torch.no_grad():
             dense = [t.detach() for t in compared(model(*args, **kwargs), kind, images)]
-        _set(blocks, budgets[step % len(budgets)])
+        set_plans(blocks, budgets[step % len(budgets)])
         with torch.enable_grad():
-            routed = compared(model(*args, **kwargs), kind, images)
+            routed = compared(run_with_gradients(model, call), kind, images)
             loss = distance(dense, routed, kind, images).mean()
             found = gradients(loss, [h.parameter for h in handles])
         known = [g for g in found if g is not None]
-        if bool(torch.isfinite(loss)) and all(bool(torch.isfinite(g).all()) for g in known):
-            for handle, gradient in zip(handles, found, strict=True):
-                handle.descend(gradient)
-            optimiser.step()
-            for handle in handles:
-                handle.write()
+        if not bool(torch.isfinite(loss)) or not all(bool(g.isfinite().all()) for g in known):
+            # half precision may overflow on one of the views
+            found = (None,) * len(handles)
+        for handle, gradient in zip(handles, found, strict=True):
+            handle.descend(gradient)
+        optimiser.step()
+        for handle in handles:
+            handle.write()
         schedule.step()
         after_step()
 
 
-def _set(blocks: dict[str, DGEBlock], chosen: Mapping[str, Plan]) -> None:
-    for name, plan in chosen.items():
-        blocks[name].dge_router.plan = plan
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a half cosine down to almost nothing at the last of `steps`."""
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,14 @@ from dgefx.kernels.correction import Correction
 from dgefx.nn.budget import floor_ratio, guess_losses, solve
 from dgefx.nn.capacity import Plan, plans
 from dgefx.passes.capture import Call
-from dgefx.record import BlockTable, Calibration, Record, budget_choices, converted_blocks
+from dgefx.record import (
+    BlockTable,
+    Calibration,
+    Record,
+    budget_choices,
+    converted_blocks,
+    set_plans,
+)
 
 _SEED = 0
 #: budget at which corrections are fitted where the model's own leaves nothing to correct
@@ -89,8 +95,7 @@ class Session:
                 # its correction: so first at a guessed allocation, then at the measured one
                 self._fit_corrections(self._guess(candidates))
                 self._drop_unaffordable()
-                with self._status("share out"):
-                    tables = self._measure(candidates, self.calls.some(_FEW))
+                tables = self._measure(candidates, self.calls.some(_FEW))
                 self._fit_corrections(tables)
                 self._drop_unaffordable()
                 if self.settings.refine_passes:
@@ -98,21 +103,8 @@ class Session:
             self._keep(self._measure(candidates, self.calls))
             self.bar.update(self.bar.total - self.bar.n)
 
-    @contextmanager
-    def _status(self, text: str) -> Iterator[None]:
-        """Name the running step behind the bar."""
-        self.bar.set_postfix_str(text)
-        try:
-            yield
-        finally:
-            self.bar.set_postfix_str("")
-
     def _keep(self, tables: Tables) -> None:
         self.record.calibration = Calibration(self.kind, self.calls.images, tables)
-
-    def _set(self, chosen: dict[str, Plan]) -> None:
-        for name, plan in chosen.items():
-            self.blocks[name].dge_router.plan = plan
 
     def _check_budget(self) -> None:
         """Raise ValueError before any work where the budget is under the floor."""
@@ -235,7 +227,7 @@ class Session:
             router.set_correction(
                 fit_correction(self.model, self.blocks, name, self.finest, routed, calls, rank)
             )
-        self._set(self.finest)
+        set_plans(self.blocks, self.finest)
 
     def _drop_unaffordable(self) -> None:
         """Take corrections away, last block first, until the floor is not above the budget."""
@@ -274,7 +266,7 @@ class Session:
         if not distances[1] < distances[0]:
             for router, correction in zip(routers, kept, strict=True):
                 router.set_correction(correction)
-        self._set(self.finest)
+        set_plans(self.blocks, self.finest)
 
     def _views(self) -> Iterator[tuple[Call, int]]:
         generator = torch.Generator().manual_seed(_SEED)
@@ -285,17 +277,17 @@ class Session:
         """Sum over the images of the distance of the model with these plans."""
         total = 0.0
         for (args, kwargs), images in self.calls:
-            self._set(self.finest)
+            set_plans(self.blocks, self.finest)
             dense = compared(self.model(*args, **kwargs), self.kind, images)
             dense = [t.clone() for t in dense]
-            self._set(routed)
+            set_plans(self.blocks, routed)
             found = compared(self.model(*args, **kwargs), self.kind, images)
             total += float(distance(dense, found, self.kind, images).sum())
         return total
 
     def _measure(self, candidates: Candidates, calls: CalibrationCalls) -> Tables:
         """What every block alone loses at every candidate, with its present correction."""
-        self._set(self.finest)
+        set_plans(self.blocks, self.finest)
         picks = {name: measured_plans(found) for name, found in candidates.items()}
         totals = {name: [0.0] * len(picks[name]) for name in picks}
         for call, images in calls:
