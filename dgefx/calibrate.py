@@ -17,12 +17,12 @@ from torch import nn
 
 from dgefx.calibration.images import CalibrationCalls, ExampleCall, read_images
 from dgefx.calibration.session import Session, Settings
-from dgefx.nn.block import DGEBlock
 from dgefx.record import (
     Record,
     apply_budget,
     conversion_record,
     converted_blocks,
+    train_corrections_like_block,
     unwrap,
 )
 
@@ -156,7 +156,7 @@ def _preserved(model: nn.Module, record: Record) -> Iterator[None]:
     try:
         yield
         for block in converted_blocks(model, record).values():
-            _train_like_block(block)
+            train_corrections_like_block(block)
     except BaseException:
         record.calibration, record.gamma, record.report = kept
         for name, router in routers.items():
@@ -167,12 +167,3 @@ def _preserved(model: nn.Module, record: Record) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _train_like_block(block: DGEBlock) -> None:
-    """Corrections are trained later exactly where anything else of their block is."""
-    fitted = [p for p in block.dge_router.correction or () if isinstance(p, nn.Parameter)]
-    known = {id(parameter) for parameter in fitted}
-    trained = any(p.requires_grad for p in block.parameters() if id(p) not in known)
-    for parameter in fitted:
-        parameter.requires_grad_(trained)

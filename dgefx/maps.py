@@ -61,7 +61,7 @@ def granularity_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
 
     Returns:
         Per block, in the order they run, an int64 tensor (B, rows, columns) on the CPU: the patch
-        side in tokens (1 is the finest) of every cell of `DGEConfig.region` tokens a side.
+        side in tokens (1 is the finest) of every cell of `DGEConfig.region_side` tokens a side.
 
     Raises:
         TypeError, ValueError: not a converted model, or no images.

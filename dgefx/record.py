@@ -74,6 +74,9 @@ def conversion_record(model: Any) -> Record:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     record = getattr(unwrap(model), RECORD, None)
+    inner = getattr(model, "module", None)
+    if record is None and isinstance(getattr(inner, RECORD, None), Record):
+        raise ValueError(f"model wraps a converted one in {type(model).__name__}; pass its .module")
     if not isinstance(record, Record) or not is_converted(model):
         raise ValueError("model is not a converted one; call dgefx.convert(model) first")
     return record
@@ -112,6 +115,15 @@ def set_plans(blocks: Mapping[str, DGEBlock], chosen: Mapping[str, Plan]) -> Non
         blocks[name].dge_router.plan = plan
 
 
+def train_corrections_like_block(block: DGEBlock) -> None:
+    """Corrections are trained later exactly where anything else of their block is."""
+    fitted = [p for p in block.dge_router.correction or () if isinstance(p, nn.Parameter)]
+    known = {id(parameter) for parameter in fitted}
+    trained = any(p.requires_grad for p in block.parameters() if id(p) not in known)
+    for parameter in fitted:
+        parameter.requires_grad_(trained)
+
+
 def block_macs(cost: BlockCost, router: Router, plan: Plan, images: int) -> float:
     """MACs of a converted block for the example batch, with its correction if it has one."""
     return cost.macs(plan) + images * router.correction_macs(plan)
@@ -121,9 +133,8 @@ def guessed_choices(costs: dict[str, BlockCost]) -> dict[str, Choices]:
     """Choices of blocks that were not calibrated."""
     choices = {}
     for index, (name, cost) in enumerate(costs.items()):
-        depth = index / max(len(costs) - 1, 1)
         macs = tuple(cost.macs(plan) for plan in cost.plans)
-        choices[name] = Choices(cost.plans, macs, guess_losses(cost.plans, depth))
+        choices[name] = Choices(cost.plans, macs, guess_losses(cost.plans, index, len(costs)))
     return choices
 
 

@@ -29,6 +29,7 @@ from dgefx.record import (
     conversion_record,
     converted_blocks,
     describe_tensor,
+    train_corrections_like_block,
     unwrap,
 )
 
@@ -198,6 +199,7 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
     blocks = converted_blocks(model, record)
     for name, described in content.get("fitted", {}).items():
         _reserve(blocks[name].dge_router, described)
+        train_corrections_like_block(blocks[name])
     apply_plans(model, record, chosen, content["gamma"])
     try:
         missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)

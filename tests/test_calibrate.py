@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
 import dgefx
+from dgefx.calibration import session
 from dgefx.calibration.augment import random_views
 from dgefx.calibration.distance import compared, distance, find_kind
+from dgefx.calibration.images import ExampleCall, read_images
+from dgefx.calibration.refine import _rate
 from dgefx.calibration.sensitivity import interpolate
 from dgefx.nn.budget import Choices, solve
 from dgefx.nn.capacity import Plan, plans
@@ -418,6 +422,8 @@ def test_distances_against_torch() -> None:
     # images on another axis: one distance for the whole output
     whole = (a - b).square().sum() / a.square().sum()
     assert torch.allclose(found(a.t(), b.t()), whole.expand(4), atol=1e-6)
+    with pytest.raises(ValueError, match="not on a batch of 4"):
+        found(a[0], b[0], "kl")
 
 
 def test_kind_of_output() -> None:
@@ -491,7 +497,7 @@ def test_solver_equals_brute_force(blocks: list[list[tuple[int, int]]], part: fl
     ]
     rounding = len(choices) * (budget - low) / 16000
     within = [(cost, loss) for cost, loss in combos if cost <= budget - rounding]
-    close = [pair for pair in within if pair[0] >= budget - 10] or within
+    close = [pair for pair in within if pair[0] >= budget - 10 + rounding] or within
     picks = [chosen[name].capacities[0] for name in choices]
     cost = sum(c.macs[i] for c, i in zip(choices.values(), picks, strict=True))
     loss = sum(c.losses[i] for c, i in zip(choices.values(), picks, strict=True))
@@ -499,13 +505,26 @@ def test_solver_equals_brute_force(blocks: list[list[tuple[int, int]]], part: fl
     assert loss <= min(loss for _, loss in close) + 1e-9
 
 
-def test_features_at_the_address_of_a_freed_logit_are_features() -> None:
+def test_addresses_are_compared_while_their_tensors_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A freed logit's address may be that of the features that follow."""
+    alive: list[bool] = []
+
+    def spy(model: Any, output: Any, addresses: set[int]) -> Any:
+        alive.append(logit() is not None)
+        return find_kind(model, output, addresses)
+
     class Normed(TinyViT):
         def forward(self, x: Tensor) -> Tensor:
-            return F.layer_norm(self.head(self.forward_features(x).mean(1)), (5,)) * 2.0
+            nonlocal logit
+            out = self.head(self.forward_features(x).mean(1))
+            logit = weakref.ref(out)
+            return F.layer_norm(out, (5,)) * 2.0
 
+    logit: Any = None
+    monkeypatch.setattr(session, "find_kind", spy)
     model = dgefx.convert(randomise(Normed(dim=32)).eval(), 0.6, example_inputs=X[:2])
     dgefx.calibrate(model, X[:4], progress=False)
+    assert alive == [True]
     assert conversion_record(model).calibration.distance == "relative"
 
 
@@ -537,24 +556,95 @@ def test_nan_outputs_are_refused(wrong: str) -> None:
     x = X.clone()
     x[11, 0, 0, 0] = 99.0  # in the last of the batches
     record = copy.deepcopy(conversion_record(model))
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    message = "the dense model yields" if wrong == "dense" else r"with block blocks\.0 alone"
+    with pytest.raises(ValueError, match=message):
         dgefx.calibrate(model, x, batch_size=4, progress=False)
     assert conversion_record(model) == record
 
 
-def test_out_of_memory_is_not_taken_for_missing_gradients() -> None:
+class Failing(torch.autograd.Function):
+    """The identity, whose backward raises."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, error: Exception) -> Tensor:
+        Failing.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, _gradient: Tensor) -> Any:
+        raise Failing.error
+
+
+FAULTS = [
+    torch.OutOfMemoryError("no memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    torch.AcceleratorError("an illegal memory access"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_faults_are_not_taken_for_missing_gradients(error: RuntimeError, where: str) -> None:
     model = build()
 
-    def fail(_module: nn.Module, _args: Any) -> None:
+    def fail(_module: nn.Module, args: Any) -> Any:
+        if where == "backward":
+            return Failing.apply(args[0], error)
         if torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("no memory")
+            raise error
+        return None
 
     model.head.register_forward_pre_hook(fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)[:20]):
         dgefx.calibrate(model, X[:4], progress=False)
 
 
-def test_frozen_model_with_an_operation_in_place() -> None:
+def test_operations_without_a_derivative_fall_back() -> None:
+    model = build()
+
+    def cut(_module: nn.Module, args: Any) -> Any:
+        return Failing.apply(args[0], RuntimeError("derivative is not implemented"))
+
+    model.head.register_forward_pre_hook(cut)
+    with pytest.warns(UserWarning, match="no gradients"):
+        dgefx.calibrate(model, X[:4], progress=False)
+    assert dgefx.report(model).calibrated
+
+
+def test_models_that_run_without_gradients_only() -> None:
+
+    def change_in_place(module: nn.Module, _args: Any) -> None:
+        module.head.bias.mul_(1.0)
+
+    model = build()
+    model.register_forward_pre_hook(change_in_place)
+    with pytest.warns(UserWarning, match="no gradients"):
+        dgefx.calibrate(model, X[:4], progress=False)
+    with torch.inference_mode():
+        model = build()
+        with pytest.warns(UserWarning, match="no gradients"):
+            dgefx.calibrate(model, X[:4], progress=False)
+    assert all(b.dge_router.importance is None for b in model.blocks)
+
+
+def test_linear_router_without_gradients_is_told() -> None:
+    config = dgefx.DGEConfig(router="linear")
+    dense = Outputs("no gradient").eval()
+    model = dgefx.convert(dense, 0.5, example_inputs=X[:2], config=config)
+    with pytest.warns(UserWarning, match="corrections are not refined"):
+        dgefx.calibrate(model, X, progress=False)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 5, 10, 20])
+def test_any_number_of_refinement_steps(passes: int) -> None:
+    rates = [_rate(step, passes) for step in range(passes + 1)]
+    assert max(rates) == 1.0 and all(0 < rate <= 1 for rate in rates[:-1])
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    if passes in (1, 10):
+        dgefx.calibrate(build(), X, refine_passes=passes, progress=False)  # one batch
+
+
+def test_frozen_model_with_an_operation_in_place(tmp_path: Path) -> None:
     class InPlace(TinyViT):
         def forward_features(self, x: Tensor) -> Tensor:
             x = self.embed(x).flatten(2).transpose(1, 2)
@@ -568,7 +658,10 @@ def test_frozen_model_with_an_operation_in_place() -> None:
         warnings.simplefilter("error")
         model = dgefx.convert(dense, 0.5, example_inputs=X[:2], calibration=X)
     assert all(b.dge_router.importance is not None for b in model.blocks)
+    assert any(b.dge_router.correction is not None for b in model.blocks)
     assert not any(p.requires_grad for p in model.parameters())
+    dgefx.save(model, tmp_path)
+    assert not any(p.requires_grad for p in dgefx.load(tmp_path, dense).parameters())
 
 
 def test_linear_router_calibrates_without_a_warning() -> None:
@@ -601,12 +694,46 @@ def test_progress_bar_reaches_its_end(
     assert re.search(r"100%.* (\d+)/\1 ", last)
 
 
-def test_map_style_data_sets_and_reused_buffers(calibrated: nn.Module) -> None:
-    data = TensorDataset(X, torch.arange(12))
-    assert tables(dgefx.calibrate(build(prefix=1), data, progress=False)) == tables(calibrated)
+class MapStyle:
+    """Has no end but its length."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return X[index % len(X)], 0
+
+
+class Counted(DataLoader[Any]):
+    opened = 0
+
+    def __iter__(self) -> Any:
+        Counted.opened += 1
+        return super().__iter__()
+
+
+def test_data_sets_loaders_and_reused_buffers(calibrated: nn.Module) -> None:
     buffer = torch.empty(4, 3, SIDE, SIDE)
-    batches = (buffer.copy_(part) for part in X.split(4))
-    assert tables(dgefx.calibrate(build(prefix=1), batches, progress=False)) == tables(calibrated)
+    makes = (MapStyle(), (buffer.copy_(part) for part in X.split(4)))
+    for data in makes:
+        other = dgefx.calibrate(build(prefix=1), data, progress=False)
+        assert tables(other) == tables(calibrated)
+    loader = Counted(TensorDataset(X), batch_size=4)
+    torch.manual_seed(0)
+    dense = randomise(TinyViT(dim=32, depth=4)).eval()
+    dgefx.convert(dense, 0.6, example_inputs=X[:2], calibration=loader)
+    assert Counted.opened == 1
+
+
+def test_no_batch_of_one_image_unless_asked_for() -> None:
+    example = ExampleCall([[{"shape": [2, 3, 4, 4], "dtype": "float32"}], {}], TinyViT())
+
+    def sizes(count: int, batch_size: int) -> list[int]:
+        batches = read_images(torch.zeros(count, 3, 4, 4), example, 99, batch_size)
+        return [len(batch[0]) for batch in batches]
+
+    assert sizes(17, 8) == [8, 7, 2] and sizes(16, 8) == [8, 8] and sizes(1, 8) == [1]
+    assert sizes(3, 2) == [2, 1] and sizes(3, 1) == [1, 1, 1]
 
 
 def test_corrections_leave_room_for_a_budget_at_the_floor() -> None:

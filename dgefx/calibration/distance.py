@@ -55,18 +55,28 @@ def compared(output: Any, kind: Kind, images: int) -> list[Tensor]:
     """
     if kind == "kl":
         logits = logits_of(output)
-        assert logits is not None
+        if logits is None or logits.shape[0] != images:
+            raise ValueError(
+                f"the output was logits (B, classes) on the first calibration images, but is not "
+                f"on a batch of {images}; use distance='relative', or a batch_size that it keeps "
+                f"its shape for"
+            )
         return [logits.float()]
     tensors = [t.float() for t in output_tensors(output) if t.numel()]
     per_image = [t for t in tensors if t.dim() and t.shape[0] == images]
     return per_image or tensors
 
 
+def reference(output: Any, kind: Kind, images: int) -> list[Tensor]:
+    """`compared` of a dense output, to be kept: no graph, no memory that the model may reuse."""
+    return [t.detach().clone() for t in compared(output, kind, images)]
+
+
 def distance(dense: list[Tensor], routed: list[Tensor], kind: Kind, images: int) -> Tensor:
     """(B,) distance of every image's output; gradients flow through `routed`.
 
     Args:
-        dense, routed: `compared` of the two outputs of one call.
+        dense: `reference` of the dense output. routed: `compared` of the routed one, same call.
         images: B.
     """
     if kind == "kl":

@@ -21,7 +21,8 @@ class NoGradientsError(Exception):
 def _is_fault(error: RuntimeError) -> bool:
     """Whether the device failed or memory ran out: no word about gradients."""
     faults = (torch.OutOfMemoryError, torch.AcceleratorError)
-    return isinstance(error, faults) or "allocate memory" in str(error)
+    told = any(words in str(error) for words in ("out of memory", "allocate memory"))
+    return told or isinstance(error, faults)
 
 
 def run_with_gradients(model: nn.Module, call: Call) -> Any:

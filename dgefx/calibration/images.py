@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -105,10 +106,10 @@ def _checked(value: Any, wanted: Any, index: int) -> Tensor:
             f"convert with example_inputs of their size"
         )
     dtype = getattr(torch, wanted["dtype"])
-    if dtype.is_floating_point and not batch.is_floating_point():
+    if dtype.is_floating_point != batch.is_floating_point():
         raise TypeError(
-            f"images: item {index} is {batch.dtype}, the model takes {wanted['dtype']}; apply the "
-            f"model's transform (scaling and normalisation) first"
+            f"images: item {index} is {batch.dtype}, the model takes {dtype}; apply the model's "
+            f"transform (scaling and normalisation) first"
         )
     if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
         raise ValueError(f"images: item {index} holds NaN or infinity")
@@ -116,17 +117,21 @@ def _checked(value: Any, wanted: Any, index: int) -> Tensor:
 
 
 def check_iterable(name: str, images: Any) -> None:
-    """Raise TypeError where argument `name` is no iterable of model inputs."""
-    try:
-        if isinstance(images, (str, bytes, Mapping)):
-            raise TypeError
-        if not isinstance(images, Iterator):
-            iter(images)  # also what has only __getitem__, as map-style data sets do
-    except TypeError:
+    """Raise TypeError where argument `name` is no iterable of model inputs; starts no loader."""
+    iterable = hasattr(images, "__iter__") or hasattr(images, "__getitem__")
+    if isinstance(images, (str, bytes, Mapping)) or not iterable:
         raise TypeError(
             f"{name} must be an iterable of model inputs (a DataLoader, a data set, a list of "
             f"tensors, a tensor of images), found {type(images).__name__}"
-        ) from None
+        )
+
+
+def _items(images: Any) -> Iterator[Any]:
+    """The items of an iterable or of a map-style data set."""
+    check_iterable("images", images)
+    if not hasattr(images, "__iter__") and hasattr(images, "__len__"):
+        return (images[index] for index in range(len(images)))
+    return iter(images)
 
 
 def read_images(
@@ -145,10 +150,10 @@ def read_images(
         example.described(example.first)["shape"]
     ):
         images = [images]
-    check_iterable("images", images)
+    items = _items(images)
     columns: dict[int | str, list[Tensor]] = {slot: [] for slot in example.slots}
     count = 0
-    for index, item in enumerate(iter(images)):
+    for index, item in enumerate(items):
         found = example.tensors(item, index)
         batches = {
             slot: _checked(found[slot], example.described(slot), index) for slot in example.slots
@@ -165,9 +170,12 @@ def read_images(
     if not count:
         raise ValueError("images is empty: calibration needs at least one image, 100 are plenty")
     whole = {slot: torch.cat(parts) for slot, parts in columns.items()}
+    starts = list(range(0, count, batch_size))
+    if batch_size > 2 and count > 1 and count % batch_size == 1:
+        starts[-1] -= 1  # which axis of an output is the images' cannot be told from one image
     return [
-        {slot: tensor[start : start + batch_size] for slot, tensor in whole.items()}
-        for start in range(0, count, batch_size)
+        {slot: tensor[start:stop] for slot, tensor in whole.items()}
+        for start, stop in pairwise([*starts, count])
     ]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dgefx.calibration.distance import Kind, compared, distance
+from dgefx.calibration.distance import Kind, compared, distance, reference
 from dgefx.calibration.gradients import gradients, run_with_gradients
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
@@ -91,7 +91,7 @@ def refine_corrections(
         args, kwargs = call
         set_plans(blocks, finest)
         with torch.no_grad():
-            dense = [t.detach() for t in compared(model(*args, **kwargs), kind, images)]
+            dense = reference(model(*args, **kwargs), kind, images)
         set_plans(blocks, budgets[step % len(budgets)])
         with torch.enable_grad():
             routed = compared(run_with_gradients(model, call), kind, images)

@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from dgefx.calibration.distance import Kind, compared, distance
+from dgefx.calibration.distance import Kind, compared, distance, reference
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan, plan_from_fractions, plans
 from dgefx.passes.capture import Call
@@ -140,7 +140,7 @@ class Trajectory:
                 )
                 stack.callback(handle.remove)
             args, kwargs = clone(call)
-            self.output = compared(model(*args, **kwargs), kind, images)
+            self.output = reference(model(*args, **kwargs), kind, images)
         # a block that runs several times cannot be replayed from one output
         self.replayable = {n: r[0] for n, r in returned.items() if len(r) == 1}
 

@@ -6,6 +6,7 @@ at their finest plans; the result is in the routers (importance, correction) and
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dgefx.calibration.correction import fit_correction
-from dgefx.calibration.distance import Kind, compared, distance, find_kind, logits_of
+from dgefx.calibration.distance import Kind, compared, distance, find_kind, logits_of, reference
 from dgefx.calibration.gradients import NoGradientsError
 from dgefx.calibration.images import CalibrationCalls
 from dgefx.calibration.importance import ImportanceFit
@@ -75,6 +76,7 @@ class Session:
             router.plan = plans(router.grid, router.config)[-1]
         self.finest = {name: block.dge_router.plan for name, block in self.blocks.items()}
         record.calibration = None
+        self.gradients = True  # until found otherwise
         self._check_budget()
         self.kind = self._kind(settings.distance)
         blocks, batches = len(self.blocks), len(calls)
@@ -116,10 +118,15 @@ class Session:
         kind: Kind | None = None
         for (args, kwargs), images in self.calls:
             linear: list[Tensor] = []  # kept alive, so that no address is used twice
+
+            def keep(_module: nn.Module, _args: object, out: object, kept: list[Tensor]) -> None:
+                if isinstance(out, Tensor) and out.dim() == 2:
+                    kept.append(out)
+
             handles = [
-                module.register_forward_hook(lambda _m, _a, out, kept=linear: kept.append(out))
+                module.register_forward_hook(functools.partial(keep, kept=linear))
                 for module in self.model.modules()
-                if isinstance(module, nn.Linear) and kind is None
+                if isinstance(module, nn.Linear) and kind is None and wanted == "auto"
             ]
             try:
                 with torch.no_grad():
@@ -158,14 +165,18 @@ class Session:
                 fit.add(self.model, call, images)
                 self.bar.update()
         except NoGradientsError as error:
-            warnings.warn(
-                f"calibrate: the output carries no gradients ({error}); regions are scored by "
-                f"their detail alone, and corrections are not refined",
-                stacklevel=5,
-            )
+            self._warn_of_no_gradients(error)
             return
         for name, weight in fit.weights().items():
             scored[name].dge_router.set_importance(weight)
+
+    def _warn_of_no_gradients(self, error: NoGradientsError) -> None:
+        self.gradients = False
+        warnings.warn(
+            f"calibrate: the output carries no gradients ({error}); regions are scored by their "
+            f"detail alone, and corrections are not refined",
+            stacklevel=6,
+        )
 
     def _candidates(self) -> Candidates:
         recorders = {name: GainRecorder(block) for name, block in self.blocks.items()}
@@ -184,9 +195,8 @@ class Session:
             self.bar.update()
 
     def _guess(self, candidates: Candidates) -> Tables:
-        last = max(len(candidates) - 1, 1)
         return {
-            name: BlockTable(found, guess_losses(found, index / last), ())
+            name: BlockTable(found, guess_losses(found, index, len(candidates)), ())
             for index, (name, found) in enumerate(candidates.items())
         }
 
@@ -241,7 +251,7 @@ class Session:
     def _refine(self, tables: Tables) -> None:
         """By gradient; kept where it brings the output closer on the images themselves."""
         budgets = self._allocations(tables)
-        if not budgets:
+        if not budgets or not self.gradients:
             return
         routers = [block.dge_router for block in self.blocks.values()]
         before = [router.correction for router in routers]
@@ -261,7 +271,8 @@ class Session:
                 self.bar.update,
             )
             distances.append(self._routed_distance(budgets[0]))
-        except NoGradientsError:  # known since the importance was fitted, and said there
+        except NoGradientsError as error:
+            self._warn_of_no_gradients(error)
             distances.append(torch.inf)
         if not distances[1] < distances[0]:
             for router, correction in zip(routers, kept, strict=True):
@@ -278,8 +289,7 @@ class Session:
         total = 0.0
         for (args, kwargs), images in self.calls:
             set_plans(self.blocks, self.finest)
-            dense = compared(self.model(*args, **kwargs), self.kind, images)
-            dense = [t.clone() for t in dense]
+            dense = reference(self.model(*args, **kwargs), self.kind, images)
             set_plans(self.blocks, routed)
             found = compared(self.model(*args, **kwargs), self.kind, images)
             total += float(distance(dense, found, self.kind, images).sum())

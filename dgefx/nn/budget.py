@@ -51,15 +51,16 @@ class Choices:
     losses: tuple[float, ...]
 
 
-def guess_losses(plans: Sequence[Plan], depth: float) -> tuple[float, ...]:
+def guess_losses(plans: Sequence[Plan], index: int, blocks: int) -> tuple[float, ...]:
     """Loss of every plan of a block, from nothing but its place: a guess, not a measurement.
 
     Early blocks lose most by coarse queries (everything later builds on their detail), and loss
     grows faster than the slots that are saved.
 
     Args:
-        depth: of the block among the converted ones, 0 first to 1 last.
+        index: of the block among the converted `blocks`, in the order they run.
     """
+    depth = index / max(blocks - 1, 1)
     finest = plans[-1].slots
     return tuple(math.exp(-_DEPTH * depth) * (1.0 - plan.slots / finest) ** 2 for plan in plans)
 
