@@ -108,9 +108,11 @@ def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
 def _spread(routings: Mapping[str, Routing], count: int) -> list[str]:
     """At most `count` blocks, spread over the depth, those that mix granularities first."""
     mixed = [n for n, r in routings.items() if int(r.levels.min()) != int(r.levels.max())]
-    pool = mixed or list(routings)
-    count = min(count, len(pool))
-    return [pool[round(i * (len(pool) - 1) / max(count - 1, 1))] for i in range(count)]
+    others = [n for n in routings if n not in mixed]
+    wanted = min(count, len(mixed))
+    picked = [mixed[round(i * (len(mixed) - 1) / max(wanted - 1, 1))] for i in range(wanted)]
+    picked += others[: count - wanted]
+    return [name for name in routings if name in picked]
 
 
 def _draw_map(axes: Axes, picture: Tensor, sides: Tensor, routing: Routing) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ def test_pictures(model: nn.Module, tmp_path: Path) -> None:
     figure = dgefx.plot_granularity(model, X[:2], blocks=2)
     assert len(figure.axes) == 2 * 3
     figure.savefig(tmp_path / "maps.png")
+    uniform = dgefx.set_budget(copy.deepcopy(model), 1.0)  # no block mixes: shown all the same
+    assert len(dgefx.plot_granularity(uniform, X[:2], blocks=2).axes) == 2 * 3
     dgefx.plot_granularity(model, X[:1], blocks=["blocks.2"], mean=(0.5,) * 3, std=(0.2,) * 3)
     with pytest.raises(ValueError, match=r"blocks \['head'\] are not converted"):
         dgefx.plot_granularity(model, X, blocks=["head"])
@@ -63,7 +66,7 @@ def test_drawn_patches_tile_the_image(model: nn.Module) -> None:
 def test_sensitivity_curves(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not calibrated"):
         dgefx.plot_sensitivity(model)
-    dgefx.calibrate(model, X, progress=False)
+    model = dgefx.calibrate(copy.deepcopy(model), X, progress=False)
     figure = dgefx.plot_sensitivity(model)
     assert len(figure.axes[0].lines) == 3 and len(figure.axes[1].patches) == 3
     figure.savefig(tmp_path / "curves.png")
