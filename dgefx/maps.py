@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dgefx.calibration.images import ExampleCall, placed
+from dgefx.calibration.images import ExampleCall, one_batch, placed
 from dgefx.kernels.routing import Routing
 from dgefx.nn.hierarchy import side_counts
 from dgefx.record import block_macs, conversion_record, converted_blocks, unwrap
@@ -29,9 +29,7 @@ def _routings(model: nn.Module, images: Any) -> dict[str, Routing]:
     record = conversion_record(model)
     target = unwrap(model)
     example = ExampleCall(record.example, target)
-    tensors = example.tensors(images, 0)
-    if not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise TypeError(f"images must be a tensor or hold tensors, found {type(images).__name__}")
+    tensors = one_batch(images, example)
     found: dict[str, Routing] = {}
     modes = {module: module.training for module in target.modules()}
     with ExitStack() as stack:
@@ -56,15 +54,15 @@ def granularity_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
 
     Args:
         model: converted. Run in eval mode; its mode is restored.
-        images: one batch as the model takes it: a tensor, a tuple that begins with the model's
-            tensors, or a dict.
+        images: one batch as the model takes it: a tensor (also of a single image), a tuple that
+            begins with the model's tensors, or a dict.
 
     Returns:
         Per block, in the order they run, an int64 tensor (B, rows, columns) on the CPU: the patch
         side in tokens (1 is the finest) of every cell of `DGEConfig.region_side` tokens a side.
 
     Raises:
-        TypeError, ValueError: not a converted model, or no images.
+        TypeError, ValueError: not a converted model, or no batch of images.
     """
     maps = {}
     for name, routing in _routings(model, images).items():
@@ -166,7 +164,7 @@ def plot_granularity(
     if unknown := sorted(set(names) - set(routings)):
         raise ValueError(f"blocks {unknown} are not converted blocks; there are {list(routings)}")
     example = ExampleCall(conversion_record(model).example, unwrap(model))
-    pictures = _pixels(example.tensors(images, 0)[example.first], mean, std)
+    pictures = _pixels(one_batch(images, example)[example.first], mean, std)
     columns = 1 + len(names)
     figure = Figure(figsize=(2.2 * columns, 2.2 * len(pictures) + 0.9), layout="constrained")
     axes: Any = figure.subplots(len(pictures), columns, squeeze=False)

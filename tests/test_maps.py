@@ -46,8 +46,14 @@ def test_pictures(model: nn.Module, tmp_path: Path) -> None:
     dgefx.plot_granularity(model, X[:1], blocks=["blocks.2"], mean=(0.5,) * 3, std=(0.2,) * 3)
     with pytest.raises(ValueError, match=r"blocks \['head'\] are not converted"):
         dgefx.plot_granularity(model, X, blocks=["head"])
-    with pytest.raises(TypeError, match="images must"):
-        dgefx.granularity_maps(model, "image.png")
+    single = dgefx.granularity_maps(model, X[0])
+    assert torch.equal(single["blocks.0"], dgefx.granularity_maps(model, X[:1])["blocks.0"])
+    assert len(dgefx.plot_granularity(model, X[0], blocks=1).axes) == 2
+    for wrong in ("image.png", iter([X]), X.to(torch.uint8), ["image.png"]):
+        with pytest.raises(TypeError, match="images"):
+            dgefx.granularity_maps(model, wrong)
+    with pytest.raises(ValueError, match="has shape"):
+        dgefx.granularity_maps(model, X[0, 0])
 
 
 def test_drawn_patches_tile_the_image(model: nn.Module) -> None:

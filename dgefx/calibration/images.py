@@ -88,8 +88,8 @@ class ExampleCall:
         return args, {k: value(k, d) for k, d in self.kwargs.items()}
 
 
-def _checked(value: Any, wanted: Any, index: int) -> Tensor:
-    """A batch of images of the shape at conversion."""
+def _checked(value: Any, wanted: Any, index: int, any_size: bool = False) -> Tensor:
+    """A batch of images of the shape at conversion, or with as many axes."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"images: item {index} holds {type(value).__name__} where the model takes a tensor; "
@@ -99,7 +99,8 @@ def _checked(value: Any, wanted: Any, index: int) -> Tensor:
     batch = value.detach()
     if batch.dim() == len(shape) - 1:
         batch = batch.unsqueeze(0)
-    if batch.dim() != len(shape) or list(batch.shape[1:]) != shape[1:]:
+    same_size = batch.dim() == len(shape) and list(batch.shape[1:]) == shape[1:]
+    if batch.dim() != len(shape) or (not same_size and not any_size):
         raise ValueError(
             f"images: item {index} has shape {tuple(value.shape)}, but the model was converted for "
             f"{tuple(shape[1:])} per image, the size its budget holds at; resize the images, or "
@@ -177,6 +178,24 @@ def read_images(
         {slot: tensor[start:stop] for slot, tensor in whole.items()}
         for start, stop in pairwise([*starts, count])
     ]
+
+
+def one_batch(images: Any, example: ExampleCall) -> dict[int | str, Tensor]:
+    """The tensors of one batch, of any size that the model takes.
+
+    Raises:
+        TypeError, ValueError: no batch (a loader, say), or of another rank or dtype, or NaN.
+    """
+    if not isinstance(images, (Tensor, Mapping, tuple, list)):
+        raise TypeError(
+            f"images must be one batch as the model takes it (a tensor, a tuple that begins with "
+            f"one, or a dict), found {type(images).__name__}"
+        )
+    found = example.tensors(images, 0)
+    return {
+        slot: _checked(found[slot], example.described(slot), 0, any_size=True)
+        for slot in example.slots
+    }
 
 
 def placed(batch: dict[int | str, Tensor], model: nn.Module, example: ExampleCall) -> Call:
