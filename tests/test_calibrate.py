@@ -739,7 +739,8 @@ def test_no_batch_of_one_image_unless_asked_for() -> None:
 def test_corrections_leave_room_for_a_budget_at_the_floor() -> None:
     model = build()
     gamma = dgefx.report(model).floor + 0.002
-    dgefx.calibrate(model, X, gamma, progress=False)
+    with pytest.warns(UserWarning, match="no room for the corrections"):
+        dgefx.calibrate(model, X, gamma, progress=False)
     report = dgefx.report(model)
     assert report.floor <= report.ratio <= gamma
     with pytest.raises(ValueError, match="under this model's floor"):

@@ -52,6 +52,8 @@ def test_pictures(model: nn.Module, tmp_path: Path) -> None:
     for wrong in ("image.png", iter([X]), X.to(torch.uint8), ["image.png"]):
         with pytest.raises(TypeError, match="images"):
             dgefx.granularity_maps(model, wrong)
+    with pytest.raises(ValueError, match="several batches"):
+        dgefx.granularity_maps(model, [X[:1], X[1:]])
     with pytest.raises(ValueError, match="has shape"):
         dgefx.granularity_maps(model, X[0, 0])
 

@@ -192,6 +192,11 @@ def one_batch(images: Any, example: ExampleCall) -> dict[int | str, Tensor]:
             f"one, or a dict), found {type(images).__name__}"
         )
     found = example.tensors(images, 0)
+    first, rest = found[example.first], []
+    if isinstance(images, (tuple, list)):  # labels may follow, but no further images
+        rest = [t for t in images[len(example.slots) :] if isinstance(t, Tensor) and t.dim() > 2]
+    if isinstance(first, Tensor) and any(t.shape[1:] == first.shape[1:] for t in rest):
+        raise ValueError("images is a list of several batches; pass one, or torch.cat them")
     return {
         slot: _checked(found[slot], example.described(slot), 0, any_size=True)
         for slot in example.slots

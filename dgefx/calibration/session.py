@@ -84,7 +84,7 @@ class Session:
         if settings.correction_rank != 0:
             steps += 2 * batches * blocks + len(calls.some(_FEW)) * blocks
             steps += batches * settings.refine_passes
-        self.bar = tqdm(total=steps, desc="calibrate", unit="batch", disable=not settings.progress)
+        self.bar = tqdm(total=steps, desc="calibrate", unit="step", disable=not settings.progress)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -96,10 +96,10 @@ class Session:
                 # corrections fit only where they will be used, and what a block loses depends on
                 # its correction: so first at a guessed allocation, then at the measured one
                 self._fit_corrections(self._guess(candidates))
-                self._drop_unaffordable()
+                self._drop_unaffordable(final=False)
                 tables = self._measure(candidates, self.calls.some(_FEW))
                 self._fit_corrections(tables)
-                self._drop_unaffordable()
+                self._drop_unaffordable(final=True)
                 if self.settings.refine_passes:
                     self._refine(tables)
             self._keep(self._measure(candidates, self.calls))
@@ -239,14 +239,24 @@ class Session:
             )
         set_plans(self.blocks, self.finest)
 
-    def _drop_unaffordable(self) -> None:
-        """Take corrections away, last block first, until the floor is not above the budget."""
+    def _drop_unaffordable(self, final: bool) -> None:
+        """Take corrections away, last block first, until the floor is not above the budget; say so
+        where it is `final`."""
+        dropped = 0
         for block in reversed(list(self.blocks.values())):
             choices = budget_choices(self.model, self.record)
             floor = floor_ratio(choices, self.record.rest, self.record.macs_dense)
             if floor <= self.settings.gamma:
-                return
+                break
+            dropped += block.dge_router.correction is not None
             block.dge_router.set_correction(None)
+        if dropped and final:
+            warnings.warn(
+                f"calibrate: gamma={self.settings.gamma:g} is so close to the floor that it has no "
+                f"room for the corrections of {dropped} blocks; they stay without at any budget "
+                f"until the model is calibrated at a larger one",
+                stacklevel=5,
+            )
 
     def _refine(self, tables: Tables) -> None:
         """By gradient; kept where it brings the output closer on the images themselves."""
