@@ -730,6 +730,12 @@ def test_data_sets_loaders_and_reused_buffers(calibrated: nn.Module) -> None:
     assert Counted.opened == 1
 
 
+def test_one_image_is_enough() -> None:
+    first, second = (dgefx.calibrate(build(), x, progress=False) for x in (X[0], [X[0]]))
+    assert tables(first) == tables(second)
+    assert conversion_record(first).calibration.images == 1
+
+
 def test_no_batch_of_one_image_unless_asked_for() -> None:
     example = ExampleCall([[{"shape": [2, 3, 4, 4], "dtype": "float32"}], {}], TinyViT())
 

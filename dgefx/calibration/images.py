@@ -147,10 +147,11 @@ def read_images(
     Raises:
         TypeError, ValueError: not iterable, empty, another shape or dtype, NaN.
     """
-    if isinstance(images, Tensor) and images.dim() == len(
-        example.described(example.first)["shape"]
+    shape = example.described(example.first)["shape"]
+    if isinstance(images, Tensor) and (
+        images.dim() == len(shape) or list(images.shape) == shape[1:]
     ):
-        images = [images]
+        images = [images]  # a batch, or a single image
     items = _items(images)
     columns: dict[int | str, list[Tensor]] = {slot: [] for slot in example.slots}
     count = 0
