@@ -61,13 +61,13 @@ def calibrate(
     refine_passes: int = 15,
     progress: bool = True,
 ) -> nn.Module:
-    """Fit a converted model's routers and budgets to images, without labels or training.
+    """Fit a converted model's routers, corrections and budgets to images, without labels.
 
     1. Per block, an importance that weighs the router's detail score is fitted.
     2. Per block, a low-rank correction of the un-pooled update is fitted, and all of them are
-       refined together against the dense model's output. A correction of rank k adds k (3 C + 1)
-       parameters to a block of width C, and its MACs are part of the budget. The model's own
-       weights are not changed.
+       refined together by gradient against the dense model's output. A correction of rank k adds
+       k (3 C + 1) parameters to a block of width C, and its MACs are part of the budget. The
+       model's own weights are not changed.
     3. Per block, the distance of the model's output from the dense model's is measured with this
        block alone routed, at a range of budgets. A knapsack over the blocks gives each the slots
        with which the whole model meets its budget at the least total distance. The table is kept,

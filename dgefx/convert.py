@@ -67,7 +67,7 @@ def convert(
         example_inputs: tensor, tuple of arguments or dict of keyword arguments the model takes;
             found by itself where the model states its input size (timm, Hugging Face,
             torchvision). The budget holds at this size.
-        calibration: images to fit budgets and routers to, without labels or training; see
+        calibration: images to fit routers, corrections and budgets to, without labels; see
             `dgefx.calibrate`, which can also be called later, with more options. Without it the
             blocks' shares of the budget are a guess from their depth.
         config: granularities, region side, routing, router. Default `DGEConfig()`.

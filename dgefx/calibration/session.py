@@ -264,10 +264,11 @@ class Session:
         if not budgets or not self.gradients:
             return
         routers = [block.dge_router for block in self.blocks.values()]
-        before = [router.correction for router in routers]
-        kept = [None if c is None else Correction(*(t.detach().clone() for t in c)) for c in before]
-        distances = [self._routed_distance(budgets[0])]
-        views = self._views()
+        kept = [
+            Correction(*(t.detach().clone() for t in r.correction)) if r.correction else None
+            for r in routers
+        ]
+        before, after = self._routed_distance(budgets[0]), torch.inf
         steps = len(self.calls) * self.settings.refine_passes
         try:
             refine_corrections(
@@ -275,16 +276,15 @@ class Session:
                 self.blocks,
                 self.finest,
                 budgets,
-                views,
+                self._views(),
                 steps,
                 self.kind,
                 self.bar.update,
             )
-            distances.append(self._routed_distance(budgets[0]))
+            after = self._routed_distance(budgets[0])
         except NoGradientsError as error:
             self._warn_of_no_gradients(error)
-            distances.append(torch.inf)
-        if not distances[1] < distances[0]:
+        if not after < before:
             for router, correction in zip(routers, kept, strict=True):
                 router.set_correction(correction)
         set_plans(self.blocks, self.finest)

@@ -1,10 +1,10 @@
-"""`correction`: a low-rank, closed-form estimate of what pooling takes away from a token's update.
+"""`correction`: a low-rank estimate of what pooling takes away from a token's update.
 
 All tokens of a patch receive the update of their mean. What each of them misses against its own
 dense update is, in good part, linear in its deviation from the mean and in how much of the patch's
-energy pooling removed. `dgefx.calibration.correction` fits that map; this file evaluates it. It is
-exactly zero for fine tokens and for patches of equal tokens, so both identities of a converted
-block hold with it.
+energy pooling removed. `dgefx.calibration` (`correction`, `refine`) fits that map; this file
+evaluates it. It is exactly zero for fine tokens and for patches of equal tokens, so both
+identities of a converted block hold with it.
 """
 
 from __future__ import annotations
