@@ -79,7 +79,7 @@ def merging_at(model: nn.Module, ratio: float, images: Tensor, dense: int) -> To
 def equal_shares(model: nn.Module, ratio: float, images: Tensor, dense: int) -> nn.Module:
     """A converted model with the same share of slots in every block, at most `ratio`."""
     routers = [m.dge_router for m in model.modules() if type(m) is DGEBlock]
-    found = plans(routers[0].grid, routers[0].config)
+    found = plans(routers[0].space(routers[0].grid), routers[0].config)
     low, high = 0, len(found) - 1
     while low < high:
         middle = (low + high + 1) // 2

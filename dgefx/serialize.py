@@ -95,7 +95,7 @@ def _rebuild_calibration(
         return None
     tables = {}
     for name, table in described["tables"].items():
-        grid = analysis.plans[name].layout.grid
+        grid = analysis.plans[name].space(analysis.config)
         tables[name] = BlockTable(
             tuple(plan_of(grid, analysis.config, tuple(slots)) for slots in table["slots"]),
             tuple(table["losses"]),
@@ -190,7 +190,7 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
             f"are converted in only one of the two"
         )
     chosen = {
-        name: plan_of(plan.layout.grid, config, tuple(slots[name]))
+        name: plan_of(plan.space(config), config, tuple(slots[name]))
         for name, plan in analysis.plans.items()
     }
     model = install_analysis(copy.deepcopy(dense_model), analysis, content["gamma"], chosen)

@@ -52,7 +52,7 @@ class GainRecorder:
         """
         self.handle.remove()
         router = self.router
-        grid, config = router.grid, router.config
+        grid, config = router.space(router.grid), router.config
         known = plans(grid, config)
         if config.routing_mode == "layer" or not self.gains or config.levels == 1:
             return known

@@ -73,7 +73,7 @@ class Session:
             router = block.dge_router
             router.set_importance(None)
             router.set_correction(None)
-            router.plan = plans(router.grid, router.config)[-1]
+            router.plan = plans(router.space(router.grid), router.config)[-1]
         self.finest = {name: block.dge_router.plan for name, block in self.blocks.items()}
         record.calibration = None
         self.gradients = True  # until found otherwise

@@ -8,6 +8,7 @@ scatter only: nothing here depends on the data except values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,12 +134,27 @@ def allocate_nested(
     return levels
 
 
+class Slots(NamedTuple):
+    """Where the chosen patches are.
+
+    patches: per level the patch ids in its slots, (B, capacity) or None; slots past the chosen
+        patches hold patch 0, their result is never read.
+    token_slot: (B, N) the slot of every token's patch, counted over all levels.
+    patch_slot: (B, patches of the levels with slots) the slot of every patch, 0 where it has none.
+    """
+
+    patches: tuple[Tensor | None, ...]
+    token_slot: Tensor
+    patch_slot: Tensor
+
+
 def assign_slots(
     levels: Tensor,
     patch_region: Sequence[Tensor],
     token_patch: Sequence[Tensor],
     capacities: Sequence[int],
-) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    existing: Sequence[Tensor | None],
+) -> Slots:
     """Number the chosen patches, level by level, in raster order (so that at the finest level the
     queries are the tokens, in their order).
 
@@ -147,16 +163,16 @@ def assign_slots(
         patch_region: per level (P,).
         token_patch: per level (N,).
         capacities: per level, slots.
-
-    Returns:
-        Per level the patch ids in its slots, (B, capacity) or None (slots past the chosen patches
-        hold patch 0, their result is never read); and (B, N) the slot of every token's patch,
-        counted over all levels.
+        existing: per level (P,) bool, or None where every patch holds tokens.
     """
     used = [level for level, capacity in enumerate(capacities) if capacity]
     counts = [patch_region[level].shape[0] for level in used]
     # all levels in one row, so that one cumulative sum and one scatter serve them
-    chosen = torch.cat([(levels == level)[:, patch_region[level]] for level in used], 1)
+    parts = []
+    for level in used:
+        part, exists = (levels == level)[:, patch_region[level]], existing[level]
+        parts.append(part if exists is None else part & exists)
+    chosen = torch.cat(parts, 1)
     running = chosen.long().cumsum(1)
     shifts, rows = [], None
     start = offset = 0
@@ -182,4 +198,4 @@ def assign_slots(
         stop = offset + capacities[level]
         patches[level] = (table[:, offset:stop] - start).clamp(min=0)
         start, offset = start + count, stop
-    return tuple(patches), slot.gather(1, rows)
+    return Slots(tuple(patches), slot.gather(1, rows), torch.where(chosen, slot, 0))

@@ -16,7 +16,7 @@ from dgefx.kernels.rows import gather_rows
 
 def _hierarchy_rows(table: Tensor, routing: Routing) -> Tensor:
     """(b, N, F) entries per token to (b, all patches, F), level by level."""
-    sums = patch_sums(table, routing.grid, routing.granularities)
+    sums = patch_sums(table, routing.grid, routing.granularities, routing.places)
     parts = [table]
     for total, count in zip(sums[1:], routing.patch_tokens[1:], strict=True):
         parts.append(patch_means(total, count, table.dtype))

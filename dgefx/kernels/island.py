@@ -50,7 +50,7 @@ def pool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: b
     rows, rest = _to_rows(value, axes)
     count = routing.prefix if prefix else 0
     body = rows[:, count:]
-    sums = patch_sums(body, routing.grid, routing.granularities)
+    sums = patch_sums(body, routing.grid, routing.granularities, routing.places)
     parts = [rows[:, :count]] if count else []
     for level, patches in enumerate(routing.patches):
         if patches is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,19 @@ from dgefx.kernels.rows import gather_rows
 
 if TYPE_CHECKING:
     from dgefx.kernels.routing import Routing
+
+
+class Places(NamedTuple):
+    """Tokens rearranged window by window, for blocks whose attention has windows."""
+
+    token: Tensor  # (V,) token at every place, 0 where there is none
+    filled: Tensor | None  # (V, 1) bool whether there is one; None: everywhere
+    shape: tuple[int, int]  # (rows, columns) of places, V = rows * columns
+
+    def arrange(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) tokens to (B, V, C) with zeros where there is none."""
+        placed = tokens.index_select(1, self.token)
+        return placed if self.filled is None else torch.where(self.filled, placed, 0)
 
 
 def sum_children(cells: Tensor, factor: int) -> Tensor:
@@ -46,18 +59,23 @@ def sum_children(cells: Tensor, factor: int) -> Tensor:
     return total
 
 
-def patch_sums(tokens: Tensor, grid: tuple[int, int], sides: Sequence[int]) -> list[Tensor]:
+def patch_sums(
+    tokens: Tensor, grid: tuple[int, int], sides: Sequence[int], places: Places | None = None
+) -> list[Tensor]:
     """Sums of the tokens of every patch, one tensor per level.
 
     Args:
         tokens: (B, H*W, C), raster order. Half precision is summed in float32.
         grid: (H, W).
         sides: patch sides, finest (1) first, each dividing the next.
+        places: where the patches are not those of the image itself.
 
     Returns:
         Per level (B, rows, columns, C).
     """
     wide = tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
+    if places is not None:
+        wide, grid = places.arrange(wide), places.shape
     sums = [wide.reshape(tokens.shape[0], grid[0], grid[1], tokens.shape[2])]
     for fine, coarse in pairwise(sides):
         sums.append(sum_children(sums[-1], coarse // fine))
@@ -93,3 +111,13 @@ def pool(tokens: Tensor, routing: Routing) -> Tensor:
         else:
             parts.append(gather_rows(routing.means[level], patches))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def pool_onto(tokens: Tensor, routing: Routing) -> Tensor:
+    """`pool` of other tokens than those the routing was made of: a later value of the stream."""
+    prefix = routing.prefix
+    sums = patch_sums(tokens[:, prefix:], routing.grid, routing.granularities, routing.places)
+    means = [tokens[:, :0]]
+    for total, count in zip(sums[1:], routing.patch_tokens[1:], strict=True):
+        means.append(patch_means(total, count, tokens.dtype))
+    return pool(tokens, routing._replace(means=tuple(means)))

@@ -23,17 +23,24 @@ def arrange_projection(
     feature_sizes: Sequence[int],
     order: Sequence[int],
     singles: Sequence[int],
+    positions: Sequence[int] = (),
+    merged: int | None = None,
 ) -> Tensor:
     """Features [start, stop) of a projection in the axis order the attention expects.
 
     Args:
         projected: (B, tokens..., F).
         feature_sizes: what the features split into.
-        order: permutation of (batch, token, *features).
+        order: permutation of (batch, *positions, *features).
         singles: axes of size 1 of the result, in rising order.
+        positions: sizes that the tokens split into, if they do (windows and their slots).
+        merged: axis of the result that becomes one with the next.
     """
     part = projected if stop - start == projected.shape[-1] else projected[..., start:stop]
-    part = part.flatten(1, -2).unflatten(-1, tuple(feature_sizes)).permute(tuple(order))
+    part = part.flatten(1, -2).unflatten(-1, tuple(feature_sizes))
+    if positions:
+        part = part.unflatten(1, tuple(positions))
+    part = part.permute(tuple(order))
     for axis in singles:
         part = part.unsqueeze(axis)
-    return part
+    return part if merged is None else part.flatten(merged, merged + 1)

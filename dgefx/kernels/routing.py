@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dgefx.kernels.correction import Correction
+from dgefx.kernels.pool import Places
+from dgefx.kernels.window import WindowSlots
 
 
 class Routing(NamedTuple):
@@ -25,6 +27,7 @@ class Routing(NamedTuple):
     means: tuple[Tensor, ...]  # per level (B, P, C) patch means; level 0 is empty (it is the input)
     patch_tokens: tuple[Tensor, ...]  # per level (P,) tokens in every patch
     token_patch: tuple[Tensor, ...]  # per level (N,) patch of every token
+    token_region: Tensor  # (N,) region of every token
     gate: Tensor | None  # (B, slots) multiplier of the update that carries the gate's gradient
     grid: tuple[int, int]  # (H, W)
     prefix: int  # tokens in front of the grid, queries of their own
@@ -32,6 +35,8 @@ class Routing(NamedTuple):
     region: int  # side of the cells that `levels` counts in
     correction: Correction | None = None  # of the un-pooled update, where one was fitted
     lost: Tensor | None = None  # (B, slots) input of the correction
+    places: Places | None = None  # of the patch hierarchy, where the block has windows
+    windows: WindowSlots | None = None  # where every query sits in its window
 
     @property
     def capacities(self) -> tuple[int, ...]:

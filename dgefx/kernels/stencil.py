@@ -31,7 +31,8 @@ def stencil_conv(hidden: Tensor, weight: Tensor, bias: Tensor | None, routing: R
     """
     # uncompiled, every read would be a pass over memory of its own; in training, its backward too
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if needs_gradient or not torch.compiler.is_compiling():
+    # the ring around a patch is known for patches of the image itself only
+    if needs_gradient or not torch.compiler.is_compiling() or routing.places is not None:
         return island_conv(hidden, weight, bias, routing)
     rows = hidden.squeeze(-1).transpose(1, 2)
     return stencil_rows(rows, weight, bias, routing).transpose(1, 2).unsqueeze(-1)

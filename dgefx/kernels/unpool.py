@@ -28,13 +28,22 @@ def unpool(queries: Tensor, routing: Routing) -> Tensor:
     return gather_rows(queries, _token_rows(routing))
 
 
-def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routing) -> Tensor:
+def unpool_add(
+    tokens: Tensor,
+    queries: Tensor,
+    updated: Tensor,
+    routing: Routing,
+    block_tokens: Tensor | None = None,
+    block_queries: Tensor | None = None,
+) -> Tensor:
     """Residual stream plus the un-pooled update, and its correction where the router has one.
 
     Args:
-        tokens: (B, prefix + N, C), the block's input.
+        tokens: (B, prefix + N, C), the block's input, or a later value of its main path.
         queries: (B, prefix + slots, C), `pool(tokens, routing)`.
         updated: (B, prefix + slots, C), the block's query path applied to `queries`.
+        block_tokens, block_queries: the block's input and its queries, where `tokens` and
+            `queries` are later ones; the correction is a map of the input.
 
     Returns:
         (B, prefix + N, C).
@@ -48,8 +57,8 @@ def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routin
         return updated_tokens
     prefix = routing.prefix
     correction = corrected_update(
-        tokens[:, prefix:],
-        queries[:, prefix:],
+        (tokens if block_tokens is None else block_tokens)[:, prefix:],
+        (queries if block_queries is None else block_queries)[:, prefix:],
         routing.lost,
         routing.token_slot,
         routing.correction,

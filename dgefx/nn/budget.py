@@ -1,7 +1,7 @@
 """The budget solver: one plan per block such that the whole model meets `gamma` at least loss.
 
 Costs are multiply-accumulates (MACs) as `torch.utils.flop_counter.FlopCounterMode` counts them,
-measured by `dgefx.passes.cost`; a converted block's cost is linear in its slots. Losses come from a
+measured by `dgefx.passes.cost`. Losses come from a
 calibration, or from `guess` where there was none.
 """
 
@@ -26,20 +26,31 @@ _DEPTH = 5.0
 
 @dataclass(frozen=True)
 class BlockCost:
-    """MACs of one block for the whole example batch, and the plans it can choose from."""
+    """MACs of one block for the whole example batch, and the plans it can choose from.
+
+    Linear in the slots and, inside windows, in the fixed slots.
+    """
 
     dense: int
     finest: int
     coarsest: int
     plans: tuple[Plan, ...]
+    #: of attention inside windows, which has fixed slots for every patch of the levels in use:
+    fixed_slots: tuple[int, ...] = ()  # such slots per level
+    fixed_macs: float = 0.0  # MACs of each of them
 
     def macs(self, plan: Plan) -> float:
         """MACs of the converted block with `plan`, without a correction."""
-        low, high = self.plans[0].slots, self.plans[-1].slots
-        if low == high:
+        low, high = self.plans[0], self.plans[-1]
+        if low.slots == high.slots:
             return float(self.finest)
-        share = (plan.slots - low) / (high - low)
-        return self.coarsest + (self.finest - self.coarsest) * share
+        share = (plan.slots - low.slots) / (high.slots - low.slots)
+        bottom = self.coarsest - self._fixed(low)
+        return bottom + (self.finest - self._fixed(high) - bottom) * share + self._fixed(plan)
+
+    def _fixed(self, plan: Plan) -> float:
+        used = zip(self.fixed_slots, plan.capacities, strict=False)
+        return self.fixed_macs * sum(slots for slots, capacity in used if capacity)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import math
 from typing import NamedTuple
 
 from dgefx.config import DGEConfig
-from dgefx.nn.hierarchy import divides, max_region_cost, patch_count, side_counts
+from dgefx.nn.hierarchy import Grid, divides, max_region_cost, patch_count, side_counts
 from dgefx.nn.nested_capacity import nested_budgets, nested_capacities
+from dgefx.nn.windows import Tiling
 
 _STEPS = 400
 _FEW_REGIONS = 4
@@ -29,13 +30,13 @@ class Plan(NamedTuple):
         return sum(self.capacities)
 
 
-def region_count(grid: tuple[int, int], region: int) -> int:
+def region_count(grid: Grid, region: int) -> int:
     """Number of regions of `grid`."""
     rows, columns = side_counts(grid, region)
     return rows * columns
 
 
-def _last_capacity(grid: tuple[int, int], config: DGEConfig, upper: list[int]) -> int:
+def _last_capacity(grid: Grid, config: DGEConfig, upper: list[int]) -> int:
     """Slots of the coarsest level that hold every region the finer levels may leave over."""
     regions = region_count(grid, config.region_side)
     left = regions
@@ -47,9 +48,12 @@ def _last_capacity(grid: tuple[int, int], config: DGEConfig, upper: list[int]) -
     return min(worst, patch_count(grid, coarsest))
 
 
-def _region_costs(grid: tuple[int, int], side: int, region: int) -> list[int]:
+def _region_costs(grid: Grid, side: int, region: int) -> list[int]:
     """The different numbers of patches of `side` that regions of `grid` hold."""
     per_axis = []
+    if isinstance(grid, Tiling):
+        rows, columns = (sorted(set(line) - {0}) for line in grid.children(side, region))
+        return sorted({h * w for h in rows for w in columns})
     for length in grid:
         whole, rest = divmod(length, region)
         sizes = ([region // side] if whole else []) + ([-(-rest // side)] if rest else [])
@@ -57,16 +61,14 @@ def _region_costs(grid: tuple[int, int], side: int, region: int) -> list[int]:
     return sorted({h * w for h in per_axis[0] for w in per_axis[1]})
 
 
-def plan_of(grid: tuple[int, int], config: DGEConfig, capacities: tuple[int, ...]) -> Plan:
+def plan_of(grid: Grid, config: DGEConfig, capacities: tuple[int, ...]) -> Plan:
     """The plan with given slots per level, as `Plan.capacities` lists them."""
     if config.routing_mode != "nested":
         return Plan(capacities)
     return Plan(capacities, nested_budgets(grid, config, capacities))
 
 
-def plan_from_fractions(
-    grid: tuple[int, int], config: DGEConfig, fractions: tuple[float, ...]
-) -> Plan:
+def plan_from_fractions(grid: Grid, config: DGEConfig, fractions: tuple[float, ...]) -> Plan:
     """Slots per level when `fractions` (one per level, sum 1) of the grid have each granularity."""
     if config.routing_mode == "nested":
         return plan_of(grid, config, nested_capacities(grid, config, fractions))
@@ -118,7 +120,7 @@ def _mixture(costs: list[float], mean: float) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def plans(grid: tuple[int, int], config: DGEConfig) -> tuple[Plan, ...]:
+def plans(grid: Grid, config: DGEConfig) -> tuple[Plan, ...]:
     """All splits of a block on `grid` by rising number of slots, all coarse to all fine."""
     levels = config.levels
     pure = [
@@ -140,11 +142,11 @@ def plans(grid: tuple[int, int], config: DGEConfig) -> tuple[Plan, ...]:
     return tuple(found[slots] for slots in sorted(found))
 
 
-def rescale(plan: Plan, old: tuple[int, int], new: tuple[int, int], config: DGEConfig) -> Plan:
+def rescale(plan: Plan, old: Grid, new: Grid, config: DGEConfig) -> Plan:
     """The same shares of every granularity on a grid of another size.
 
     Args:
-        plan: on grid `old` (rows, columns).
+        plan: on grid `old`.
         new: the grid of the call.
     """
     if old == new:

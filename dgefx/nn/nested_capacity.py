@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from dgefx.config import DGEConfig
-from dgefx.nn.hierarchy import children_counts, patch_count
+from dgefx.nn.hierarchy import Grid, children_counts, patch_count
 
 
 def least_split(counts: list[tuple[int, int]], budget: int) -> int:
@@ -31,9 +31,7 @@ def least_split(counts: list[tuple[int, int]], budget: int) -> int:
     return split
 
 
-def nested_budgets(
-    grid: tuple[int, int], config: DGEConfig, capacities: tuple[int, ...]
-) -> tuple[int, ...]:
+def nested_budgets(grid: Grid, config: DGEConfig, capacities: tuple[int, ...]) -> tuple[int, ...]:
     """Per level but the coarsest, how many of its patches may be present."""
     sides = config.granularities
     budgets: list[int] = []
@@ -47,7 +45,7 @@ def nested_budgets(
 
 
 def nested_capacities(
-    grid: tuple[int, int], config: DGEConfig, fractions: tuple[float, ...]
+    grid: Grid, config: DGEConfig, fractions: tuple[float, ...]
 ) -> tuple[int, ...]:
     """Slots per level when `fractions` (one per level, sum 1) of the grid have each granularity."""
     sides = config.granularities

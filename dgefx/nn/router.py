@@ -16,20 +16,25 @@ from torch import Tensor, nn
 from dgefx.config import DGEConfig
 from dgefx.kernels.allocate import allocate_levels, allocate_nested, assign_slots
 from dgefx.kernels.correction import Correction, mean_features
-from dgefx.kernels.pool import patch_means, patch_sums, pool, sum_children
+from dgefx.kernels.pool import Places, patch_means, patch_sums, pool, sum_children
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.window import WindowTables, window_slots
 from dgefx.nn.capacity import Plan, rescale
 from dgefx.nn.detail import importance_logits, nested_gains, patch_energies, region_gains
 from dgefx.nn.hierarchy import (
+    Grid,
     LevelTables,
     children_table,
     divides,
+    existing_patches,
     level_tables,
     max_region_cost,
     parent_table,
     side_counts,
 )
+from dgefx.nn.window_tables import flat_tensors, from_tensors, tiling_places, window_tables
+from dgefx.nn.windows import Tiling, WindowRule
 
 FINEST_PROBABILITY = 0.95
 
@@ -51,6 +56,13 @@ class Scores(NamedTuple):
     logits: Tensor | None  # (B, R, levels) of the learned gate
 
 
+def space_of(grid: tuple[int, int], windows: WindowRule | None, config: DGEConfig) -> Grid:
+    """What the patch hierarchy of a block on `grid` is built on."""
+    if windows is None:
+        return grid
+    return windows.tiling(grid, max(config.granularities[-1], config.region_side))
+
+
 class Router(nn.Module):
     """Picks one granularity per region under a fixed number of slots per level.
 
@@ -61,6 +73,7 @@ class Router(nn.Module):
         channels: C of the residual stream.
         plan: slots per level at the converted size.
         order: the block's own layout of the stream, for those who look at its output.
+        windows: how the block's attention partitions the grid, if it does.
 
     Attributes:
         importance: (C,) or None; fitted by `dgefx.calibrate`, weighs the detail of a region.
@@ -79,18 +92,24 @@ class Router(nn.Module):
         channels: int,
         plan: Plan,
         order: str = "BNC",
+        windows: WindowRule | None = None,
     ) -> None:
         super().__init__()
+        self.windows = windows
         self.channels = channels
         self.order = order
         self.config = config
         self.grid = grid
         self.prefix = prefix
         self.plan = plan
+        self._space = space = space_of(grid, windows, config)
         for level, side in enumerate(config.granularities):
-            tables = level_tables(grid, side, config.region_side, torch.device("cpu"))
+            tables = level_tables(space, side, config.region_side, torch.device("cpu"))
             for name, table in zip(LevelTables._fields, tables, strict=True):
                 self.register_buffer(f"{name}_{level}", table, persistent=False)
+        self._window_names: tuple[str, ...] = ()
+        if isinstance(space, Tiling):
+            self._register_windows(space)
         if config.routing_mode == "nested":
             for level in range(config.levels - 1):
                 nested = self._build_nested(level, grid, torch.device("cpu"))
@@ -104,6 +123,62 @@ class Router(nn.Module):
         if config.router == "linear":
             self.gate = nn.Linear(channels, config.levels)
             self.reset_gate()
+
+    def space(self, grid: tuple[int, int]) -> Grid:
+        """What the patch hierarchy of `grid` is built on."""
+        return self._space if grid == self.grid else space_of(grid, self.windows, self.config)
+
+    def _register_windows(self, tiling: Tiling) -> None:
+        found = flat_tensors(window_tables(tiling, self.config.granularities))
+        places = tiling_places(tiling)
+        found["place_token"] = places.token
+        if places.filled is not None:
+            found["place_filled"] = places.filled
+        for level, side in enumerate(self.config.granularities):
+            exists = existing_patches(tiling, side)
+            if exists is not None:
+                found[f"existing_{level}"] = exists
+        for name, tensor in found.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._window_names = tuple(found)
+
+    def _window_tensors(self, space: Tiling, device: torch.device) -> dict[str, Tensor]:
+        """Buffers at the converted size, computed at any other."""
+        if space.grid == self.grid:
+            return {name: cast(Tensor, getattr(self, name)) for name in self._window_names}
+        other = Router(
+            self.config, space.grid, 0, 1, self.plan, self.order, self.windows
+        )  # for its tables alone
+        return {name: getattr(other, name).to(device) for name in other._window_names}
+
+    def places(self, grid: tuple[int, int], device: torch.device) -> Places | None:
+        """Where tokens are in the patch hierarchy, if not where they are in the image."""
+        space = self.space(grid)
+        if not isinstance(space, Tiling):
+            return None
+        found = self._window_tensors(space, device)
+        return Places(found["place_token"], found.get("place_filled"), space.shape)
+
+    def _slot_tables(self, space: Tiling, device: torch.device) -> WindowTables:
+        shape = (space.rows.side, space.columns.side)
+        return from_tensors(self._window_tensors(space, device), shape, self.config.levels)
+
+    def fixed_slots(self) -> tuple[int, ...]:
+        """Per level, the fixed slots of all windows at the converted size."""
+        space = self.space(self.grid)
+        if not isinstance(space, Tiling):
+            return ()
+        windows = space.windows[0] * space.windows[1]
+        tables = self._slot_tables(space, self.device)
+        return tuple(windows * local.numel() for local in tables.local)
+
+    def _existing(self, grid: tuple[int, int], device: torch.device) -> list[Tensor | None]:
+        """Per level, which patches hold tokens; None where all do."""
+        space = self.space(grid)
+        if not isinstance(space, Tiling):
+            return [None] * self.config.levels
+        found = self._window_tensors(space, device)
+        return [found.get(f"existing_{level}") for level in range(self.config.levels)]
 
     def reset_gate(self) -> None:
         """Small weights; bias such that the finest level starts at p = 0.95 (section 4.1)."""
@@ -131,17 +206,18 @@ class Router(nn.Module):
                 LevelTables(*(cast(Tensor, getattr(self, f"{name}_{level}")) for name in names))
                 for level in range(len(sides))
             ]
-        return [level_tables(grid, side, self.config.region_side, device) for side in sides]
+        space = self.space(grid)
+        return [level_tables(space, side, self.config.region_side, device) for side in sides]
 
     def _build_nested(
         self, level: int, grid: tuple[int, int], device: torch.device
     ) -> NestedTables:
-        sides = self.config.granularities
+        sides, space = self.config.granularities, self.space(grid)
         fine, coarse = sides[level], sides[level + 1]
         return NestedTables(
-            parent_table(grid, fine, coarse, device),
-            parent_table(grid, sides[1], coarse, device),
-            children_table(grid, fine, coarse, device),
+            parent_table(space, fine, coarse, device),
+            parent_table(space, sides[1], coarse, device),
+            children_table(space, fine, coarse, device),
         )
 
     def nested_tables(self, grid: tuple[int, int], device: torch.device) -> list[NestedTables]:
@@ -185,13 +261,17 @@ class Router(nn.Module):
     def scores(self, tokens: Tensor, grid: tuple[int, int]) -> Scores:
         """Sums, energies and gate logits of `tokens`."""
         tables = self.tables(grid, tokens.device)
-        sums = patch_sums(tokens[:, self.prefix :], grid, self.config.granularities)
+        sums = self._sums(tokens, grid)
         logits = None if self.gate is None else self._gate_logits(sums, tables, grid)
         energies = None
         if logits is None or self.correction is not None:
             with torch.no_grad():
                 energies = patch_energies(sums, self._patch_counts(tables, grid))
         return Scores(tables, sums, energies, logits)
+
+    def _sums(self, tokens: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        places = self.places(grid, tokens.device)
+        return patch_sums(tokens[:, self.prefix :], grid, self.config.granularities, places)
 
     def gains(self, scores: Scores, grid: tuple[int, int]) -> list[Tensor]:
         """What a finer level gains per query: per level but the coarsest.
@@ -209,7 +289,8 @@ class Router(nn.Module):
         sides = self.config.granularities
         if self.config.routing_mode == "nested":
             nested = self.nested_tables(grid, scores.sums[0].device)
-            shapes = [(*side_counts(grid, side), 1) for side in sides[1:]]
+            space = self.space(grid)
+            shapes = [(*side_counts(space, side), 1) for side in sides[1:]]
             children = [t.children.view(s) for t, s in zip(nested, shapes, strict=True)]
             ratios = [coarse // fine for fine, coarse in pairwise(sides)]
             return nested_gains(scores.energies, ratios, children, logits)
@@ -250,7 +331,7 @@ class Router(nn.Module):
     def correction_features(self, tokens: Tensor, routing: Routing) -> Tensor:
         """(B, H*W, 2 C + 1): what the correction of every token is a linear map of."""
         tables = self.tables(routing.grid, tokens.device)
-        sums = patch_sums(tokens[:, self.prefix :], routing.grid, self.config.granularities)
+        sums = self._sums(tokens, routing.grid)
         energies = patch_energies(sums, self._patch_counts(tables, routing.grid))
         lost = self._lost_shares(energies, routing.patches)
         queries = pool(tokens, routing)[:, self.prefix :]
@@ -270,7 +351,9 @@ class Router(nn.Module):
         return rank * (2 * channels * grid_tokens + (2 * channels + 1) * plan.slots)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Routing:
-        plan = rescale(self.plan, self.grid, grid, self.config)
+        plan = self.plan
+        if grid != self.grid:
+            plan = rescale(plan, self.space(self.grid), self.space(grid), self.config)
         scores = self.scores(tokens, grid)
         with torch.no_grad():
             levels = self._allocate(self.gains(scores, grid), scores.tables, plan, grid)
@@ -288,8 +371,9 @@ class Router(nn.Module):
             stacked = torch.stack(gains, -1)
             return allocate_levels(stacked, costs, plan.capacities, self._uniform_costs(grid))
         nested = self.nested_tables(grid, gains[0].device)
+        space = self.space(grid)
         uniform = [
-            (coarse // fine) ** 2 if divides(grid, coarse) else None
+            (coarse // fine) ** 2 if divides(space, coarse) else None
             for fine, coarse in pairwise(sides)
         ]
         return allocate_nested(
@@ -322,17 +406,18 @@ class Router(nn.Module):
         )
 
     def _uniform_costs(self, grid: tuple[int, int]) -> list[int | None]:
-        region = self.config.region_side
-        if not divides(grid, region):
+        region, space = self.config.region_side, self.space(grid)
+        if not divides(space, region):
             return [None] * self.config.levels
-        return [max_region_cost(grid, side, region) for side in self.config.granularities]
+        return [max_region_cost(space, side, region) for side in self.config.granularities]
 
     def _patch_counts(self, tables: list[LevelTables], grid: tuple[int, int]) -> list[Tensor | int]:
         """Tokens in the patches of every level: one number where all are whole."""
         counts: list[Tensor | int] = []
+        space = self.space(grid)
         for side, table in zip(self.config.granularities, tables, strict=True):
-            shape = (*side_counts(grid, side), 1)
-            counts.append(side**2 if divides(grid, side) else table.patch_tokens.view(shape))
+            shape = (*side_counts(space, side), 1)
+            counts.append(side**2 if divides(space, side) else table.patch_tokens.view(shape))
         return counts
 
     def _region_means(
@@ -344,7 +429,8 @@ class Router(nn.Module):
             level = sides.index(region)
             return sums[level] / self._patch_counts(tables, grid)[level]
         total = sum_children(sums[-1], region // sides[-1])
-        return total / tables[0].region_cost.view(*side_counts(grid, region), 1)
+        cells = side_counts(self.space(grid), region)
+        return total / tables[0].region_cost.view(*cells, 1).clamp(min=1)
 
     def _gate_logits(
         self, sums: list[Tensor], tables: list[LevelTables], grid: tuple[int, int]
@@ -381,15 +467,22 @@ class Router(nn.Module):
     ) -> Routing:
         tables, sums, logits = scores.tables, scores.sums, scores.logits
         levels = levels.expand(tokens.shape[0], -1)
-        patches, token_slot = assign_slots(
+        space, sides = self.space(grid), self.config.granularities
+        patches, token_slot, patch_slot = assign_slots(
             levels,
             [t.patch_region for t in tables],
             [t.token_patch for t in tables],
             plan.capacities,
+            self._existing(grid, tokens.device),
         )
+        windows = None
+        if isinstance(space, Tiling):
+            found = self._slot_tables(space, tokens.device)
+            size = (len(space.rows.places), len(space.columns.places))
+            windows = window_slots(found, patches, patch_slot, space.windows, size, sides)
         means = [tokens[:, :0]]
-        for level, side in enumerate(self.config.granularities[1:], 1):
-            count = side**2 if divides(grid, side) else tables[level].patch_tokens
+        for level, side in enumerate(sides[1:], 1):
+            count = side**2 if divides(space, side) else tables[level].patch_tokens
             means.append(patch_means(sums[level], count, tokens.dtype))
         gate = None
         if logits is not None and self.training and torch.is_grad_enabled():
@@ -407,6 +500,7 @@ class Router(nn.Module):
             means=tuple(means),
             patch_tokens=tuple(t.patch_tokens for t in tables),
             token_patch=tuple(t.token_patch for t in tables),
+            token_region=tables[0].patch_region,
             gate=gate,
             grid=grid,
             prefix=self.prefix,
@@ -414,6 +508,8 @@ class Router(nn.Module):
             region=self.config.region_side,
             correction=correction,
             lost=lost,
+            places=self.places(grid, tokens.device),
+            windows=windows,
         )
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
-from dgefx.nn.capacity import plans
+from dgefx.nn.capacity import Plan, plans
 from dgefx.passes.capture import Call
 
 
@@ -41,17 +41,32 @@ def count_macs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def block_cost(dense: nn.Module, converted: DGEBlock, call: Call, config: DGEConfig) -> BlockCost:
-    """Cost of a block dense, at its finest and at its coarsest plan.
+    """Cost of a block dense, at its finest and at its coarsest plan, and between in windows.
 
     Args:
         converted: its plan is changed while counting and left at the finest.
         call: the block's example call.
     """
     router = converted.dge_router
-    choices = plans(router.grid, config)
-    counts = []
-    for plan in (choices[0], choices[-1]):
+    choices = plans(router.space(router.grid), config)
+    low, high = choices[0], choices[-1]
+
+    def counted(plan: Plan) -> int:
         router.plan = plan
-        counts.append(count_macs(converted, *call))
-    coarsest, finest = counts
-    return BlockCost(count_macs(dense, *call), finest, coarsest, tuple(choices))
+        return count_macs(converted, *call)
+
+    mixed = [plan for plan in choices if all(plan.capacities)]
+    fixed: tuple[int, ...] = ()
+    price = 0.0
+    coarsest = counted(low)
+    if router.windows is not None and mixed:
+        middle = mixed[len(mixed) // 2]
+        fixed = router.fixed_slots()
+        between = counted(middle)
+    finest = counted(high)
+    if fixed:
+        # macs = a + b * slots + price * fixed slots, of three plans
+        share = (middle.slots - low.slots) / (high.slots - low.slots)
+        extra = sum(fixed) - fixed[-1] - share * (fixed[0] - fixed[-1])
+        price = (between - coarsest - share * (finest - coarsest)) / extra
+    return BlockCost(count_macs(dense, *call), finest, coarsest, tuple(choices), fixed, price)

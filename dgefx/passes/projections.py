@@ -8,6 +8,7 @@ Next: `passes.split`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from dgefx.passes.worlds import Worlds
 class Part:
     """Rows [start, stop) of a projection arriving at one value.
 
-    features: sizes that the rows split into. order: permutation of (batch, token, *features) to
-    the value's axes without those of size 1 in `singles`.
+    features: sizes that the rows split into. order: permutation of (batch, *tokens, *features) to
+    the value's axes without those of size 1 in `singles`. positions: sizes of the token axes, if
+    there are several (windows, slots). merged: axis that is one with the next in the value.
     """
 
     start: int
@@ -32,6 +34,8 @@ class Part:
     features: tuple[int, ...]
     order: tuple[int, ...]
     singles: tuple[int, ...]
+    positions: tuple[int, ...] = ()
+    merged: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class _Follower:
     """Carries (position, feature) numbers of a projection's output through data movement."""
 
     def __init__(self, trace: Trace, base: dict[fx.Node, Any], linear: fx.Node) -> None:
-        self.trace, self.base = trace, base
+        self.trace, self.base, self.linear = trace, base, linear
         shape = base[linear].shape
         self.count = shape[-1]
         positions = torch.arange(shape[:-1].numel()).view(*shape[:-1], 1)
@@ -87,34 +91,49 @@ class _Follower:
         numbers = self.follow(node)
         if not isinstance(numbers, Tensor):
             return None
+        found = self._plain_part(numbers)
+        if found is not None:
+            return found
+        images = self.numbers[self.linear].shape[0]
+        for axis, size in enumerate(numbers.shape):
+            if size % images == 0 and size > images:  # images and heads on one axis
+                split = self._plain_part(numbers.unflatten(axis, (images, -1)))
+                if split is not None:
+                    return dataclasses.replace(split, merged=axis)
+        return None
+
+    def _plain_part(self, numbers: Tensor) -> Part | None:
         position, feature = numbers // self.count, numbers % self.count
-        batch = token = None
+        batch = None
+        tokens: list[tuple[int, int]] = []  # (step, axis)
         features: list[int] = []
         for axis, size in enumerate(numbers.shape):
             if size == 1:
                 continue
-            step_position = _step(position, axis)
-            if step_position == self.rows_per_image and batch is None and _step(feature, axis) == 0:
+            step, own = _step(position, axis), _step(feature, axis)
+            if step == self.rows_per_image and batch is None and own == 0:
                 batch = axis
-            elif step_position == 1 and token is None and _step(feature, axis) == 0:
-                token = axis
-            elif step_position == 0:
+            elif step and own == 0:
+                tokens.append((step, axis))
+            elif step == 0:
                 features.append(axis)
             else:
                 return None
-        if batch is None or token is None or numbers.shape[token] != self.rows_per_image:
+        places = [axis for _, axis in sorted(tokens, reverse=True)]
+        sizes = tuple(numbers.shape[a] for a in features)
+        lengths = tuple(numbers.shape[a] for a in places)
+        if batch is None or torch.Size(lengths).numel() != self.rows_per_image:
             return None
         axes = [a for a, size in enumerate(numbers.shape) if size > 1]
-        sizes = tuple(numbers.shape[a] for a in features)
         start = int(feature.min())
         stop = start + int(torch.Size(sizes).numel())
-        source = [batch, token, *features]
+        source = [batch, *places, *features]
         order = tuple(source.index(axis) for axis in axes)
         singles = tuple(a for a, size in enumerate(numbers.shape) if size == 1)
-        expected = self._arranged(start, stop, sizes, order, singles, numbers.shape)
+        expected = self._arranged(start, stop, sizes, order, singles, lengths)
         if expected is None or not torch.equal(expected, numbers):
             return None
-        return Part(start, stop, sizes, order, singles)
+        return Part(start, stop, sizes, order, singles, lengths if len(lengths) > 1 else ())
 
     def _arranged(
         self,
@@ -123,17 +142,20 @@ class _Follower:
         sizes: tuple[int, ...],
         order: tuple[int, ...],
         singles: tuple[int, ...],
-        shape: torch.Size,
+        lengths: tuple[int, ...],
     ) -> Tensor | None:
         if stop > self.count or not sizes:
             return None
-        images = shape.numel() // (self.rows_per_image * (stop - start))
-        position = torch.arange(images * self.rows_per_image).view(images, -1, 1)
+        images = self.numbers[self.linear].shape[0]
+        position = torch.arange(images * self.rows_per_image).view(images, *lengths, 1)
         value = position * self.count + torch.arange(start, stop)
-        value = value.unflatten(-1, sizes).permute(order)
+        value = value.unflatten(-1, sizes)
+        if value.dim() != len(order):
+            return None
+        value = value.permute(order)
         for axis in singles:
             value = value.unsqueeze(axis)
-        return value
+        return value if value.numel() else None
 
 
 def _step(numbers: Tensor, axis: int) -> int | None:

@@ -14,7 +14,9 @@ from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock, GraphCode, GridShape
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.capacity import Plan, plans
-from dgefx.nn.router import Router
+from dgefx.nn.hierarchy import Grid
+from dgefx.nn.router import Router, space_of
+from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.grid import Layout
 from dgefx.passes.split import SplitBlock, split
@@ -36,6 +38,11 @@ class BlockPlan:
     needs_grid_shape: bool
     hook_source: str | None  # module that reports the running grid, if its output does
     exact_at_any_level: bool  # on patch-constant input: no positional tables, stencils, islands
+    windows: WindowRule | None  # how its attention partitions the grid
+
+    def space(self, config: DGEConfig) -> Grid:
+        """What the block's patch hierarchy is built on, at the converted size."""
+        return space_of(self.layout.grid, self.windows, config)
 
 
 def _stream_placeholder(traced: Trace, layout: Layout, shape: tuple[int, ...]) -> fx.Node:
@@ -77,6 +84,8 @@ def plan_block(
     spec = CallSpec.of(block, *call)
     evaluated = _split(block, spec, layout, shape, training=False)
     trained = _split(block, spec, layout, shape, training=True)
+    if evaluated.windows != trained.windows:
+        raise Refused("its windows differ between eval and train mode")
     constants = dict(evaluated.constants)
     for key, value in trained.constants.items():
         if key in constants and not constants[key].equal(value):
@@ -93,6 +102,7 @@ def plan_block(
         needs_grid_shape=evaluated.needs_grid_shape or trained.needs_grid_shape,
         hook_source=layout.source,
         exact_at_any_level=not (evaluated.positional or evaluated.mixing),
+        windows=evaluated.windows,
     )
 
 
@@ -104,9 +114,11 @@ def build_block(
     capacities: Plan | None = None,
 ) -> DGEBlock:
     """The converted block around `dense`, whose parameters it shares; finest unless told."""
-    chosen = plans(plan.layout.grid, config)[-1] if capacities is None else capacities
+    chosen = plans(plan.space(config), config)[-1] if capacities is None else capacities
     layout = plan.layout
-    router = Router(config, layout.grid, layout.prefix, plan.channels, chosen, layout.order)
+    router = Router(
+        config, layout.grid, layout.prefix, plan.channels, chosen, layout.order, plan.windows
+    )
     router.train(dense.training)
     parameter = next(dense.parameters(), None)
     if parameter is not None:

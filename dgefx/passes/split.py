@@ -3,12 +3,15 @@
 Writes a new graph: route and pool the stream, run the context world on all tokens and the query
 world on the queries, un-pool the update. What is neither tokenwise nor the attention core is made
 legal on the way: sizes in views, tables with a query axis, depthwise convolutions (a stencil) and
-any other operation that keeps the grid (an island). Next: `passes.verify`.
+any other operation that keeps the grid (an island).
+
+Windows: queries stay packed per image wherever an operation is tokenwise, so the movement of
+tokens between image and windows is dropped; around the attention, and where a table has an entry
+per slot of a window, they take fixed slots in their windows. Next: `passes.verify`.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -23,16 +26,28 @@ from dgefx.kernels.layout import (
     query_count,
     to_tokens,
 )
-from dgefx.kernels.pool import pool
+from dgefx.kernels.pool import pool, pool_onto
 from dgefx.kernels.projection import arrange_projection, weight_rows
 from dgefx.kernels.stencil import stencil_conv
 from dgefx.kernels.unpool import unpool_add
+from dgefx.kernels.window import (
+    from_slots,
+    image_count,
+    lead_count,
+    pool_line,
+    pool_slots,
+    repack,
+    slot_count,
+    to_slots,
+)
 from dgefx.nn.block import resolve_grid
-from dgefx.passes.cores import map_sources
-from dgefx.passes.forms import Form, FormFinder
+from dgefx.nn.windows import WindowRule
+from dgefx.passes.cores import Core, map_sources
+from dgefx.passes.forms import MOVES, Form, FormFinder, size_inputs
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
 from dgefx.passes.projections import FusedProjection, Part, fused_projections, linear_operands
+from dgefx.passes.slots import SlotChooser, axis_sizes, einsum_tables
 from dgefx.passes.trace import HOOKED, Trace
 from dgefx.passes.worlds import Refused, Worlds, find_worlds
 
@@ -44,6 +59,7 @@ class SplitBlock:
     """The rewritten graph, and what it needs besides the block itself.
 
     positional: whether tables with a query axis take part. mixing: whether stencils or islands do.
+    windows: how the block partitions the grid, None if it does not.
     """
 
     graph: fx.Graph
@@ -51,6 +67,14 @@ class SplitBlock:
     needs_grid_shape: bool
     positional: bool
     mixing: bool
+    windows: WindowRule | None
+
+
+class _Moving:
+    """Stands for what the query world does not have: tokens between the image and windows."""
+
+
+_MOVING = _Moving()
 
 
 def split(trace: Trace, stream: fx.Node, layout: Layout) -> SplitBlock:
@@ -67,20 +91,21 @@ def split(trace: Trace, stream: fx.Node, layout: Layout) -> SplitBlock:
     height, width = layout.grid
     counts = frozenset({layout.tokens, height * width, height, width})
     worlds = find_worlds(trace, stream, counts)
-    _refuse_masks(trace, worlds)
     finder = FormFinder(trace, worlds, layout)
     forms = finder.find()
-    core_form = forms.get(worlds.core.output)
-    if worlds.core.kind != "multi_head_attention_forward" and (
-        core_form is None or core_form.kind == "free" or core_form.mixes
-    ):
-        raise Refused("channel attention: its output does not follow the tokens of its queries")
+    for core in worlds.cores:
+        _refuse_masks(core)
+        form = forms.get(core.output)
+        if core.kind == "multi_head_attention_forward":
+            if form is not None and form.kind == "window" and finder.windowed:
+                raise Refused("nn.MultiheadAttention inside windows")
+        elif form is None or form.kind in ("free", "moving") or form.mixes:
+            raise Refused("channel attention: its output does not follow the tokens of its queries")
     fused = fused_projections(trace, worlds, finder.base)
-    return _Splitter(trace, worlds, forms, layout, fused).run()
+    return _Splitter(trace, worlds, finder, layout, fused).run()
 
 
-def _refuse_masks(trace: Trace, worlds: Worlds) -> None:
-    core = worlds.core
+def _refuse_masks(core: Core) -> None:
     node = core.output
     if (
         core.kind == "scaled_dot_product_attention"
@@ -93,6 +118,17 @@ def _refuse_masks(trace: Trace, worlds: Worlds) -> None:
         raise Refused("nn.MultiheadAttention with an attention mask")
 
 
+def _leaves(arguments: Any) -> list[Any]:
+    """Everything inside nested arguments."""
+    if isinstance(arguments, dict):
+        arguments = list(arguments.values())
+    if isinstance(arguments, (tuple, list)):
+        return [leaf for part in arguments for leaf in _leaves(part)]
+    if isinstance(arguments, slice):
+        return _leaves((arguments.start, arguments.stop, arguments.step))
+    return [arguments]
+
+
 class _Splitter:
     """Emits the new graph in one walk over the old one."""
 
@@ -100,14 +136,18 @@ class _Splitter:
         self,
         trace: Trace,
         worlds: Worlds,
-        forms: dict[fx.Node, Form],
+        finder: FormFinder,
         layout: Layout,
         fused: list[FusedProjection],
     ) -> None:
-        self.trace, self.worlds, self.forms, self.layout = trace, worlds, forms, layout
+        self.trace, self.worlds, self.layout = trace, worlds, layout
+        self.finder, self.forms = finder, finder.forms
         self.fused = fused
         self.graph = fx.Graph()
-        self.query: dict[fx.Node, Any] = {}
+        self.query: dict[fx.Node, Any] = {}  # packed
+        self.slotted: dict[fx.Node, Any] = {}  # in fixed slots of windows
+        self.in_slots = SlotChooser(trace, worlds, finder).choose()
+        self.uses_windows = finder.windowed or bool(self.in_slots)
         self.context: dict[fx.Node, Any] = {}
         self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
         self.positional = self.mixing = self.needs_grid_shape = False
@@ -126,8 +166,13 @@ class _Splitter:
                 continue
             if node in self.worlds.context:
                 self.context[node] = self._emit_context(node)
-            if node in self.worlds.query:
-                self.query[node] = self._emit_query(node)
+            if node in self.worlds.pooled:
+                self._pool_again(node)
+            elif node in self.worlds.query:
+                emitted = self._emit_query(node)
+                (self.slotted if node in self.in_slots else self.query)[node] = emitted
+            if node in self.worlds.materialised:
+                self.context[node] = self._materialise(node)
         self._epilogue(nodes[-1])
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         self.graph.lint()
@@ -138,7 +183,12 @@ class _Splitter:
             if new in used
         }
         return SplitBlock(
-            self.graph, constants, self.needs_grid_shape, self.positional, self.mixing
+            self.graph,
+            constants,
+            self.needs_grid_shape,
+            self.positional,
+            self.mixing,
+            self.finder.window_rule() if self.uses_windows else None,
         )
 
     def _prologue(self) -> None:
@@ -149,6 +199,9 @@ class _Splitter:
         self.routing = self.graph.call_module("dge_router", (self.tokens, self.grid))
         self.queries = call(pool, (self.tokens, self.routing))
         self.query[self.worlds.stream] = call(queries_as_stream, (self.queries, order))
+        #: what updates add up on: the stream, or the main path's last value that replaced it
+        self.base = (self.tokens, self.queries)
+        self.windows = call(getattr, (self.routing, "windows"))
 
     def _grid(self, stream: fx.Node) -> Any:
         """(H, W) of the running call: from the stream, the block's arguments, or the model."""
@@ -156,14 +209,9 @@ class _Splitter:
         if order in ("BHWC", "BCHW"):
             axes = (1, 2) if order == "BHWC" else (2, 3)
             return tuple(self.graph.call_method("size", (stream, axis)) for axis in axes)
-        sizes = [
-            n
-            for n in self.trace.graph.nodes
-            if n.op == "placeholder" and isinstance(self.trace.values[n], int)
-        ]
-        for rows, columns in itertools.pairwise(sizes):
-            if (self.trace.values[rows], self.trace.values[columns]) == self.layout.grid:
-                return (self.context[rows], self.context[columns])
+        pair = size_inputs(self.trace, self.layout)
+        if pair is not None:
+            return (self.context[pair[0]], self.context[pair[1]])
         self.needs_grid_shape = True
         count = self.graph.call_method("size", (self.tokens, 1))
         if self.layout.prefix:
@@ -171,11 +219,51 @@ class _Splitter:
         shape = self.graph.create_node("get_attr", "dge_grid_shape")
         return call(resolve_grid, (shape, count))
 
+    def _order(self, node: fx.Node) -> str:
+        """The layout of a main path value."""
+        form, rank = self.forms[node], len(self._shape(node))
+        orders: dict[tuple[Any, ...], str] = {
+            ("tokens", (1,), 0, 3): "BNC",
+            ("tokens", (0,), 1, 3): "NBC",
+            ("tokens", (2,), 0, 3): "BCN",
+            ("grid", (1, 2), 0, 4): "BHWC",
+            ("grid", (2, 3), 0, 4): "BCHW",
+        }
+        order = orders.get((form.kind, form.axes, form.batch, rank))
+        if order is not None and form.prefix == (self.layout.prefix > 0):
+            return order
+        raise Refused(f"{node.name}, on the block's main path, is not laid out as a stream")
+
+    def _updated(self, node: fx.Node) -> Any:
+        """(B, N, C) main path value: what it was before, plus the un-pooled update."""
+        updated = self.graph.call_function(to_tokens, (self.query[node], self._order(node)))
+        tokens, queries = self.base
+        source = () if self.base[0] is self.tokens else (self.tokens, self.queries)
+        return self.graph.call_function(
+            unpool_add, (tokens, queries, updated, self.routing, *source)
+        )
+
+    def _materialise(self, node: fx.Node) -> Any:
+        """A value of the main path for the context world."""
+        return self.graph.call_function(
+            from_tokens, (self._updated(node), self._order(node), self.grid)
+        )
+
+    def _pool_again(self, node: fx.Node) -> None:
+        """The query world goes on from a value of the context's main path."""
+        order = self._order(node)
+        if self.forms[node].mixes:
+            self.mixing = True
+        tokens = self.graph.call_function(to_tokens, (self.context[node], order))
+        queries = self.graph.call_function(pool_onto, (tokens, self.routing))
+        self.base = (tokens, queries)
+        self.query[node] = self.graph.call_function(queries_as_stream, (queries, order))
+
     def _epilogue(self, output: fx.Node) -> None:
-        call, order = self.graph.call_function, self.layout.order
-        updated = call(to_tokens, (self.query[self.worlds.output], order))
-        tokens = call(unpool_add, (self.tokens, self.queries, updated, self.routing))
-        result = call(from_tokens, (tokens, order, self.grid))
+        if self.worlds.output_is_dense:
+            result = self.context[self.worlds.output]
+        else:
+            result = self._materialise(self.worlds.output)
 
         def pick(node: fx.Node) -> Any:
             if node is self.worlds.output:
@@ -199,27 +287,83 @@ class _Splitter:
             if node in fused.query:
                 return self._project(fused, fused.query[node], self.query, True)
         form = self.forms.get(node)
+        if form is not None and form.kind == "moving":
+            return _MOVING
+        moved = self._arriving(node)
+        if form is not None and moved is not None:
+            return self._repack(node, form, moved)
         if form is not None and form.mixes:
             return self._legalise(node, form)
         name = op_name(node, self.trace.root)
-        args, kwargs = map_sources(node, self.worlds.edges, self._operand)
+        slots = node in self.in_slots
+
+        def operand(source: fx.Node, crosses: bool) -> Any:
+            return self._operand(source, crosses, slots)
+
+        args, kwargs = map_sources(node, self.worlds.edges, operand)
         if form is not None and form.kind != "free":
             if node.op != "call_module" and name in VIEWS:
                 args = self._patched_view(node, name, args, form)
             elif name in ELEMENTWISE:
                 args, kwargs = self._gathered(node, form, len(self._shape(node)), args, kwargs)
-            elif name == "scaled_dot_product_attention":
-                query_form = self.forms[self.worlds.core.query]
-                rank = len(self._shape(self.worlds.core.query))
-                args, kwargs = self._gathered(node, query_form, rank, args, kwargs)
+            elif name == "einsum" and slots:
+                args = self._pooled_einsum(node, args)
+            core = self.worlds.core_at(node)
+            if core is not None and core.kind == "scaled_dot_product_attention":
+                rank = len(self._shape(core.query))
+                args, kwargs = self._gathered(node, self.forms[core.query], rank, args, kwargs)
         if name in ("split", "split_with_sizes"):
             args, kwargs = self._patched_split(node, args, kwargs)
+        if any(leaf is _MOVING for leaf in _leaves((args, kwargs))):
+            if isinstance(self.trace.values[node], Tensor):
+                raise Refused(f"{node.name} works on tokens on their way to or from windows")
+            return _MOVING
         return self._create(node, args, kwargs)
 
-    def _operand(self, source: fx.Node, crosses: bool) -> Any:
-        if crosses or source not in self.worlds.query:
+    def _operand(self, source: fx.Node, crosses: bool, slots: bool = False) -> Any:
+        if crosses or source not in self.worlds.query | self.worlds.pooled:
             return self.context[source]
-        return self.query[source]
+        form = self.forms.get(source)
+        if form is None or form.kind not in ("tokens", "grid", "window"):
+            return self.query[source] if source in self.query else self.slotted[source]
+        return self._in_slots(source, form) if slots else self._packed(source, form)
+
+    def _packed(self, node: fx.Node, form: Form) -> Any:
+        if node not in self.query:
+            self.query[node] = self.graph.call_function(
+                from_slots, (self.slotted[node], self.windows, tuple(form.window_axes))
+            )
+        return self.query[node]
+
+    def _in_slots(self, node: fx.Node, form: Form) -> Any:
+        if node not in self.slotted:
+            if form.prefix or form.batch is None:
+                raise Refused(f"{node.name} joins images or prefix tokens where windows are needed")
+            self.slotted[node] = self.graph.call_function(
+                to_slots, (self.query[node], self.windows, tuple(form.window_axes))
+            )
+        return self.slotted[node]
+
+    # -- data movement -----------------------------------------------------------------------
+
+    def _arriving(self, node: fx.Node) -> fx.Node | None:
+        """Where the tokens of a value come from that were on their way until this node."""
+        if node.op == "call_module" or op_name(node, self.trace.root) not in MOVES:
+            return None
+        source: Any = node.args[0] if node.args else None
+        arrived = False
+        while isinstance(source, fx.Node) and self.forms.get(source) == Form("moving"):
+            arrived, source = True, source.args[0]
+        return source if arrived and isinstance(source, fx.Node) else None
+
+    def _repack(self, node: fx.Node, form: Form, source: fx.Node) -> Any:
+        origin = self.forms[source]
+        axes = form.window_axes
+        taken = {axes.batch, *axes.windows, *axes.slots}
+        rest = tuple(size for axis, size in enumerate(self._shape(node)) if axis not in taken)
+        return self.graph.call_function(
+            repack, (self._packed(source, origin), tuple(origin.window_axes), tuple(axes), rest)
+        )
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         value = self.trace.values[node]
@@ -247,6 +391,11 @@ class _Splitter:
         if key not in self.projected:
             self.projected[key] = (self._linear_rows(fused.linear, first, last, env), first)
         projected, offset = self.projected[key]
+        positions: tuple[int, ...] = ()
+        if part.positions:  # windows and slots: one window of all queries, or as many as there are
+            positions = (1, -1) if is_query else (-1, *part.positions[1:])
+            if len(part.positions) > 2:
+                raise Refused(f"{fused.linear.name}: tokens on {len(part.positions)} axes")
         return self.graph.call_function(
             arrange_projection,
             (
@@ -256,6 +405,8 @@ class _Splitter:
                 part.features,
                 part.order,
                 part.singles,
+                positions,
+                part.merged,
             ),
         )
 
@@ -294,18 +445,31 @@ class _Splitter:
             source = node.args[0]
             assert isinstance(source, fx.Node) and isinstance(node.args[1], int)
             shift = node.args[1] % len(self._shape(source))
-        wanted: list[Any] = [None] * len(sizes)
-        for axis, count in zip(form.axes, (True, False), strict=False):
-            if 0 <= axis - shift < len(sizes):
-                wanted[axis - shift] = count
-        for index, count in enumerate(wanted):
-            if count is None or sizes[index] == -1:
+        for index in range(len(sizes)):
+            if sizes[index] == -1:
                 continue
-            if count:
-                sizes[index] = self.graph.call_function(query_count, (self.routing, form.prefix))
-            else:
-                sizes[index] = 1
+            given = (node.args[first:] if flat else node.args[-1])[index]  # type: ignore[index]
+            if isinstance(given, fx.Node) and given in self.context:
+                sizes[index] = self.context[given]
+            sizes[index] = self._axis_size(form, index + shift, sizes[index], node in self.in_slots)
         return (*args[:first], *sizes) if flat else (*args[:-1], tuple(sizes))
+
+    def _axis_size(self, form: Form, axis: int, size: Any, slots: bool) -> Any:
+        """The size of one axis of a view in the query world; `size`: in the context world."""
+        call = self.graph.call_function
+        if axis in form.axes:
+            if axis != form.axes[0]:
+                return 1
+            if slots:
+                return call(slot_count, (self.windows,))
+            return call(query_count, (self.routing, form.prefix))
+        if form.kind != "window":
+            return size
+        if axis == form.batch:
+            if slots:
+                return call(lead_count, (self.tokens, self.windows, form.merged, form.inner))
+            return call(image_count, (self.tokens, form.inner))
+        return 1 if axis in form.windows and not slots else size
 
     def _patched_split(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A split of the token axis, with the part that holds the grid as long as the queries."""
@@ -342,12 +506,8 @@ class _Splitter:
         self, node: fx.Node, form: Form, rank: int, args: Any, kwargs: Any
     ) -> tuple[Any, Any]:
         """Operands that do not come from the stream but carry its query axis, read per query."""
-        size = self.layout.grid[0] * self.layout.grid[1]
-        per_axis = (
-            self.layout.grid
-            if form.kind == "grid"
-            else (size + (self.layout.prefix if form.prefix else 0),)
-        )
+        slots = node in self.in_slots
+        per_axis = axis_sizes(form, self.layout, self.finder)
 
         def gather(original: Any, emitted: Any) -> Any:
             if not isinstance(original, fx.Node) or original in self.worlds.query:
@@ -363,15 +523,18 @@ class _Splitter:
                 return emitted
             if all(s == 1 for s in per_axis):
                 return emitted
+            self.positional = True
+            if slots:
+                self.finder.note_table(self.trace.values[original], form, axes, rank)
+                return self.graph.call_function(pool_slots, (emitted, self.windows, tuple(axes)))
             if form.batch is None:
                 raise Refused(f"{node.name}: images and heads are merged where a table is added")
-            self.positional = True
             return self.graph.call_function(
                 gather_constant,
                 (emitted, self.routing, rank, form.batch, form.axes, form.prefix),
             )
 
-        skip = {place for consumer, place in self.worlds.core.context_edges if consumer is node}
+        skip = {place for consumer, place in self.worlds.edges if consumer is node}
         args = tuple(
             a if i in skip else gather(o, a)
             for i, (o, a) in enumerate(zip(node.args, args, strict=True))
@@ -379,14 +542,48 @@ class _Splitter:
         kwargs = {k: v if k in skip else gather(node.kwargs[k], v) for k, v in kwargs.items()}
         return args, kwargs
 
+    def _pooled_einsum(self, node: fx.Node, args: Any) -> Any:
+        """An einsum of tokens with tables that have an entry per slot row, slot column or slot."""
+        equation, tokens, tables = einsum_tables(node, self.worlds, self.forms)
+        terms, result = equation.split("->")
+        labels = terms.split(",")
+        form = self.forms[tokens]
+        operands = list(args[1:])
+        own = labels[list(node.args[1:]).index(tokens)]
+        first = own[form.axes[0]]
+        for index in tables:
+            self.positional = True
+            axes = [labels[index].index(own[a]) for a in form.axes if own[a] in labels[index]]
+            lines = [n for n, a in enumerate(form.axes) if own[a] in labels[index]]
+            if len(axes) == len(form.axes):
+                if len(axes) == 2 and axes[1] != axes[0] + 1:
+                    raise Refused(f"{node.name}: a table's rows and columns are apart")
+                kernel: Any = pool_slots
+                rest: Any = tuple(axes)
+            else:
+                kernel, rest = pool_line, (axes[0], lines[0])
+            pooled = self.graph.call_function(kernel, (operands[index], self.windows, rest))
+            if kernel is pool_slots and len(axes) == 2:
+                pooled = self.graph.call_method("squeeze", (pooled, axes[1]))
+                labels[index] = labels[index][: axes[1]] + labels[index][axes[1] + 1 :]
+            operands[index] = pooled
+            label = list(labels[index])
+            label[axes[0]] = first
+            labels[index] = "".join(label)
+        return (",".join(labels) + "->" + result, *operands)
+
     def _legalise(self, node: fx.Node, form: Form) -> fx.Node:
         """A node that mixes tokens: a stencil if it is a plain depthwise convolution."""
+        if form.kind == "window" or any(
+            self.forms[s].kind == "window" for s, _ in self.worlds.sources(node) if s in self.forms
+        ):
+            raise Refused(f"{node.name} mixes tokens inside windows")
         self.mixing = True
         depthwise = self._depthwise(node)
         if depthwise is not None:
             source, weight, bias = depthwise
             return self.graph.call_function(
-                stencil_conv, (self.query[source], weight, bias, self.routing)
+                stencil_conv, (self._operand(source, False), weight, bias, self.routing)
             )
         return self._island(node, form)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dgefx.passes.cores import Core, find_cores, map_sources
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import MOVEMENT, VIEWS, op_name
 from dgefx.passes.trace import Trace
 
 
@@ -31,14 +31,31 @@ class Worlds:
 
     Tensors that do not come from the stream's data (bias tables, RoPE, masks), even if they are
     made to its size, belong to the context: queries read them through `gather_constant`.
+
+    The main path is what every way from the stream to the output passes. Where the context needs
+    a value of it that attention has changed already (keys of a second attention, a norm or a
+    convolution on the main path itself), that value is un-pooled from the query world
+    (`materialised`). Where the query world goes on from it, it is pooled again (`pooled`).
     """
 
     stream: Node
     output: Node
-    core: Core
+    cores: tuple[Core, ...]
     edges: frozenset[tuple[Node, int | str]]  # arguments that are read from the context world
     query: frozenset[Node]
     context: frozenset[Node]
+    materialised: frozenset[Node]
+    pooled: frozenset[Node]
+    main: frozenset[Node]  # context nodes on the way to a pooled one
+
+    @property
+    def output_is_dense(self) -> bool:
+        """Whether the output is a value of the context."""
+        return self.output not in self.query
+
+    def core_at(self, node: Node) -> Core | None:
+        """The core whose result `node` is."""
+        return next((core for core in self.cores if core.output is node), None)
 
     def sources(self, node: Node) -> list[tuple[Node, bool]]:
         """(producer, whether it enters from the context world) for every argument of `node`."""
@@ -102,6 +119,151 @@ def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
     return fitting[0]
 
 
+#: operations that leave a main path what it is
+_KEEPS_STREAM = MOVEMENT | {"add", "cat", "dropout", "identity", "to", "type"}
+
+
+def main_path(trace: Trace, flow: nx.DiGraph, stream: Node, output: Node) -> list[Node]:
+    """What every way of the stream's data to the output passes, from the stream on."""
+    data = _data_dependent(trace, flow, stream)
+    within = flow.subgraph(data)
+    if output is stream:
+        return [stream]
+    before = nx.immediate_dominators(within, stream)
+    path = [output]
+    while path[-1] is not stream:
+        path.append(before[path[-1]])
+    return path[::-1]
+
+
+class _Walk:
+    """Assigns nodes to worlds, backwards from the output."""
+
+    def __init__(self, trace: Trace, stream: Node, token_counts: frozenset[int]) -> None:
+        self.trace, self.stream, self.token_counts = trace, stream, token_counts
+        self.cores = tuple(find_cores(trace.graph, trace.root))
+        if not self.cores:
+            raise Refused("no attention in the traced block")
+        # `q.type_as(v)` asks for a dtype, not for v of the queries
+        of_type = {(n, 1) for n in trace.graph.nodes if op_name(n, trace.root) == "type_as"}
+        self.edges: frozenset[tuple[Node, int | str]] = frozenset(of_type).union(
+            *(core.context_edges for core in self.cores)
+        )
+        self.flow = block_flow(trace.graph)
+        self.output = find_output(trace, self.flow, stream)
+        self.data = _data_dependent(trace, self.flow, stream)
+        self.sized = nx.descendants(self.flow, stream)
+        self.path = main_path(trace, self.flow, stream, self.output)
+        outputs = [core.output for core in self.cores]
+        self.attended = set(outputs).union(*(nx.descendants(self.flow, n) for n in outputs))
+        self.query: set[Node] = set()
+        self.context: set[Node] = set()
+        self.materialised: set[Node] = set()
+        self.pooled: set[Node] = set()
+        self.deferred: list[Node] = []
+        self.front: list[tuple[Node, set[Node]]] = []
+        self._dense_tail: set[Node] = set()
+
+    def _name(self, node: Node) -> str:
+        return op_name(node, self.trace.root)
+
+    def _replaces_stream(self, node: Node) -> bool:
+        """Whether a node of the main path is more than an update of the stream."""
+        return (
+            node in self.path[1:]
+            and node.op.startswith("call_")
+            and self._name(node) not in _KEEPS_STREAM
+            and isinstance(self.trace.values.get(node), Tensor)
+            and not any(core.output is node for core in self.cores)
+        )
+
+    def _is_size(self, node: Node) -> bool:
+        return node in self.sized and not carries_tensor(self.trace.values.get(node))
+
+    def _enter(self, node: Node, asked: set[Node], of_view: bool) -> None:
+        if asked is self.query:
+            if self._is_size(node):
+                value = self.trace.values[node]
+                plain = isinstance(value, (torch.dtype, torch.device)) or (
+                    isinstance(value, int) and (of_view or value not in self.token_counts)
+                )
+                if plain and node not in self.query:
+                    self.deferred.append(node)
+                    return
+            elif node not in self.data:
+                asked = self.context
+            elif self._replaces_stream(node):
+                self.pooled.add(node)
+                asked = self.context
+        elif (
+            node in self.path
+            and node in self.attended
+            and node not in self._dense_tail
+            and not self._replaces_stream(node)
+        ):
+            self.materialised.add(node)
+            asked = self.query
+        self.front.append((node, asked))
+
+    def _visit_sources(self, node: Node, world: set[Node]) -> None:
+        # a view's sizes along the token axes are replaced, its other sizes are those of the context
+        is_view = node.op != "call_module" and self._name(node) in VIEWS
+
+        def visit(source: Node, crosses: bool) -> Node:
+            crosses = crosses and world is self.query
+            self._enter(source, self.context if crosses else world, is_view)
+            return source
+
+        map_sources(node, self.edges, visit)
+
+    def _start(self) -> None:
+        """From the output; movement after the last operation on the main path stays dense."""
+        node = self.output
+        for earlier in reversed(self.path[:-1]):
+            if node.op.startswith("call_") and self._name(node) in MOVEMENT:
+                node = earlier
+        if self._replaces_stream(node):
+            self.front.append((self.output, self.context))
+            self._dense_tail = set(self.path[self.path.index(node) :])
+        else:
+            self.front.append((self.output, self.query))
+            self._dense_tail = set()
+
+    def run(self) -> Worlds:
+        self._start()
+        while self.front or self.deferred:
+            if not self.front:
+                size = self.deferred.pop()
+                tensors = _tensors_behind(self.trace, self.flow, size)
+                in_context = tensors <= self.context and size not in self.query
+                self.front.append((size, self.context if in_context else self.query))
+            node, world = self.front.pop()
+            if node not in world:
+                world.add(node)
+                self._visit_sources(node, world)
+        for core in self.cores:
+            if core.output not in self.query:
+                raise Refused("an attention of the block does not lead to its output")
+        return Worlds(
+            self.stream,
+            self.output,
+            self.cores,
+            self.edges,
+            frozenset(self.query),
+            frozenset(self.context),
+            frozenset(self.materialised),
+            frozenset(self.pooled),
+            self._main(),
+        )
+
+    def _main(self) -> frozenset[Node]:
+        starts = self.materialised | {self.stream}
+        within = self.flow.subgraph(self.context | starts)
+        after = set().union(*(nx.descendants(within, n) for n in starts))
+        before = set(self.pooled).union(*(nx.ancestors(within, n) for n in self.pooled))
+        return frozenset(after & before & self.context)
+
+
 def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Worlds:
     """Split the nodes of a traced block.
 
@@ -110,58 +272,6 @@ def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Wor
             is the same in both worlds and is read where its tensor is computed anyway.
 
     Raises:
-        Refused: not exactly one attention core, or one that does not lead to the output.
+        Refused: no attention core, or one that does not lead to the output.
     """
-    cores = find_cores(trace.graph, trace.root)
-    if len(cores) != 1:
-        raise Refused(f"{len(cores)} attentions in the traced block; one expected")
-    (core,) = cores
-    # `q.type_as(v)` asks for a dtype, not for v of the queries
-    of_type = {(n, 1) for n in trace.graph.nodes if op_name(n, trace.root) == "type_as"}
-    edges: frozenset[tuple[Node, int | str]] = core.context_edges | of_type
-    flow = block_flow(trace.graph)
-    output = find_output(trace, flow, stream)
-    data = _data_dependent(trace, flow, stream)
-    sized = nx.descendants(flow, stream)
-    query: set[Node] = set()
-    context: set[Node] = set()
-
-    deferred: list[Node] = []
-
-    def is_size(node: Node) -> bool:
-        return node in sized and not carries_tensor(trace.values.get(node))
-
-    def enter(node: Node, asked: set[Node]) -> None:
-        if asked is query and is_size(node):
-            value = trace.values[node]
-            plain = isinstance(value, (torch.dtype, torch.device)) or (
-                isinstance(value, int) and value not in token_counts
-            )
-            if plain and node not in query:
-                deferred.append(node)
-                return
-        elif asked is query and node not in data:
-            asked = context
-        front.append((node, asked))
-
-    def visit_sources(node: Node, world: set[Node]) -> None:
-        def visit(source: Node, crosses: bool) -> Node:
-            enter(source, context if crosses and world is query else world)
-            return source
-
-        map_sources(node, edges, visit)
-
-    front = [(output, query)]
-    while front or deferred:
-        if not front:
-            size = deferred.pop()
-            tensors = _tensors_behind(trace, flow, size)
-            in_context = tensors <= context and size not in query
-            front.append((size, context if in_context else query))
-        node, world = front.pop()
-        if node not in world:
-            world.add(node)
-            visit_sources(node, world)
-    if core.output not in query:
-        raise Refused("the attention does not lead to the block's output")
-    return Worlds(stream, output, core, edges, frozenset(query), frozenset(context))
+    return _Walk(trace, stream, token_counts).run()

@@ -1,0 +1,287 @@
+"""Queries in their windows: between the packed queries of an image and fixed slots per window.
+
+Every patch that a window can hold, of every level in use, has a fixed slot in it (7 x 7 tokens
+with sides 1, 2, 4: 49 + 16 + 4). So masks and position tables are static, and attention of all
+windows is one dense batched call whose idle rows are never read. Everything that is tokenwise runs
+on the packed queries, which are fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgefx.kernels.pool import Places, patch_sums
+from dgefx.kernels.rows import gather_rows
+
+
+class WindowTables(NamedTuple):
+    """What is fixed for one window, and for one grid of them. P patches of an image at a level, p
+    of a window (none of them empty in every window); lists have an entry per level."""
+
+    places: Places  # of the slots of one window
+    local: list[Tensor]  # (p,) patch id, within a window, of every slot of the level
+    counts: list[Tensor]  # (p,) slots of the window in each of them
+    members: list[Tensor]  # (windows, p) patch id, within the image
+    window: list[Tensor]  # (P,) window of every patch
+    number: list[Tensor]  # (P,) its number among the p
+
+
+class WindowSlots(NamedTuple):
+    """Where the queries of one call are. S slots per window, w windows per image."""
+
+    query: Tensor  # (B, w * S) packed query in every slot; any, where the slot is idle
+    slot: Tensor  # (B, slots) fixed slot of every packed query
+    total: int  # S
+    windows: tuple[int, int]  # rows, columns; w = rows * columns
+    size: tuple[int, int]  # rows, columns of tokens in a window
+    levels: tuple[int, ...]  # those in use
+    sides: tuple[int, ...]  # patch side per level
+    tables: WindowTables
+
+
+def window_slots(
+    tables: WindowTables,
+    patches: Sequence[Tensor | None],
+    patch_slot: Tensor,
+    windows: tuple[int, int],
+    size: tuple[int, int],
+    sides: tuple[int, ...],
+) -> WindowSlots:
+    """The fixed slots of one routing.
+
+    Args:
+        patches, patch_slot: see `dgefx.kernels.allocate.Slots`.
+    """
+    levels = tuple(level for level, ids in enumerate(patches) if ids is not None)
+    total = sum(tables.local[level].shape[0] for level in levels)
+    columns, slots = [], []
+    start = offset = 0
+    for level in levels:
+        columns.append(tables.members[level] + start)
+        place = tables.window[level] * total + tables.number[level] + offset
+        ids = patches[level]
+        assert ids is not None
+        slots.append(place[ids])
+        start += tables.window[level].shape[0]
+        offset += tables.local[level].shape[0]
+    query = patch_slot[:, torch.cat(columns, 1).flatten()]
+    return WindowSlots(query, torch.cat(slots, 1), total, windows, size, levels, sides, tables)
+
+
+class WindowAxes(NamedTuple):
+    """How a value holds windows.
+
+    batch: the image axis; `merged`: it counts windows too, and `inner` values per window (heads).
+    windows: axes of their own that count windows (one, or rows and columns), if any.
+    slots: the slot axis, or its two axes; packed queries stand as (queries, 1) there.
+    """
+
+    batch: int
+    merged: bool
+    inner: int
+    windows: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+#: `WindowAxes` as generated code writes it
+AxesLike = tuple[int, bool, int, tuple[int, ...], tuple[int, ...]]
+
+
+def to_slots(value: Tensor, slots: WindowSlots, axes: AxesLike) -> Tensor:
+    """Packed queries to fixed slots.
+
+    Args:
+        value: images (times `inner`) on the batch axis, 1 on window axes, queries on the first
+            slot axis, 1 on the second.
+
+    Returns:
+        The same axes; windows where they belong, S on the first slot axis.
+    """
+    axes = WindowAxes(*axes)
+    rows, rest, names = _rows(value, axes)
+    images = rows.shape[0]
+    placed = gather_rows(rows, slots.query)
+    count = slots.windows[0] * slots.windows[1]
+    placed = placed.view(images, count, slots.total, *rest)
+    return _arrange(placed, names, slots.windows, slots.total, axes)
+
+
+def from_slots(value: Tensor, slots: WindowSlots, axes: AxesLike) -> Tensor:
+    """The inverse of `to_slots`."""
+    axes = WindowAxes(*axes)
+    count = slots.windows[0] * slots.windows[1]
+    images = value.shape[axes.batch] // axes.inner
+    images = images // count if axes.merged else images
+    # (images, windows, slots, inner, rest...) of the value, whatever its axes
+    shape: list[int] = []
+    lead: dict[str, int] = {}
+    rest: list[int] = []
+    for axis, size in enumerate(value.shape):
+        if axis == axes.batch:
+            lead["batch"] = len(shape)
+            shape.append(images)
+            if axes.merged:
+                lead["window"] = len(shape)
+                shape.append(count)
+            if axes.inner > 1:
+                rest.append(len(shape))
+                shape.append(axes.inner)
+        elif axis in axes.windows:
+            lead.setdefault("window", len(shape))
+            if axis == axes.windows[0]:
+                shape.append(count)
+        elif axis in axes.slots:
+            if axis == axes.slots[0]:
+                lead["slot"] = len(shape)
+                shape.append(slots.total)
+        else:
+            rest.append(len(shape))
+            shape.append(size)
+    if "window" not in lead:
+        lead["window"] = len(shape)
+        shape.append(1)
+    table = value.reshape(shape).permute(lead["batch"], lead["window"], lead["slot"], *rest)
+    kept = table.shape[3:]
+    packed = gather_rows(table.reshape(images, count * slots.total, -1), slots.slot)
+    names = ["inner"] if axes.inner > 1 else []
+    names += ["rest"] * (len(kept) - len(names))
+    count = packed.shape[1]
+    return _arrange(packed.view(images, 1, count, *kept), names, (1, 1), count, axes)
+
+
+def repack(value: Tensor, source: AxesLike, target: AxesLike, rest: Sequence[int]) -> Tensor:
+    """Packed queries laid out as another value holds them: what is left of moving tokens.
+
+    Args:
+        rest: sizes of the target's axes that are none of images, windows, slots.
+    """
+    target = WindowAxes(*target)
+    rows, _, _ = _rows(value, WindowAxes(*source))
+    names = ["inner"] if target.inner > 1 else []
+    sizes = [target.inner] * len(names) + list(rest)
+    names += ["rest"] * len(rest)
+    shaped = rows.view(rows.shape[0], 1, rows.shape[1], *sizes)
+    return _arrange(shaped, names, (1, 1), rows.shape[1], target)
+
+
+def image_count(tokens: Tensor, inner: int) -> int:
+    """Size of a packed value's image axis."""
+    return tokens.shape[0] * inner
+
+
+def lead_count(tokens: Tensor, slots: WindowSlots, merged: bool, inner: int) -> int:
+    """Size of the image axis of a value in fixed slots."""
+    windows = slots.windows[0] * slots.windows[1] if merged else 1
+    return tokens.shape[0] * windows * inner
+
+
+def slot_count(slots: WindowSlots) -> int:
+    """Fixed slots per window."""
+    return slots.total
+
+
+def _rows(value: Tensor, axes: WindowAxes) -> tuple[Tensor, list[int], list[str]]:
+    """(images, queries, F) of packed queries, the sizes that make F, and their names."""
+    names: list[str] = []
+    order: list[int] = []
+    shift = 0
+    if axes.inner > 1:
+        value = value.unflatten(axes.batch, (-1, axes.inner))
+        names.append("inner")
+        order.append(axes.batch + 1)
+        shift = 1
+    moved = {a: a + (shift if a > axes.batch else 0) for a in range(value.dim() - shift)}
+    skip = {axes.batch, *axes.windows, *axes.slots}
+    for axis, place in moved.items():
+        if axis not in skip:
+            order.append(place)
+            names.append("rest")
+    singles = [moved[a] for a in (*axes.windows, *axes.slots[1:])]
+    table = value.permute(moved[axes.batch], moved[axes.slots[0]], *order, *singles)
+    sizes = list(table.shape[2 : 2 + len(order)])
+    return table.reshape(table.shape[0], table.shape[1], -1), sizes, names
+
+
+def _arrange(
+    value: Tensor, names: list[str], windows: tuple[int, int], slots: int, axes: WindowAxes
+) -> Tensor:
+    """(images, windows, slots, [inner], rest...) to the axes of the value."""
+    images, count = value.shape[0], windows[0] * windows[1]
+    inner = 1 if "inner" in names else 0
+    rest = iter(range(3 + inner, value.dim()))
+    total = len(axes.windows) + len(axes.slots) + 1 + value.dim() - 3 - inner
+    order: list[int] = []
+    shape: list[int] = []
+    for axis in range(total):
+        if axis == axes.batch:
+            order += [0] + ([1] if axes.merged else []) + ([3] if inner else [])
+            shape.append(images * (count if axes.merged else 1) * (axes.inner if inner else 1))
+        elif axis in axes.windows:
+            if axis == axes.windows[0]:
+                order.append(1)
+            position = axes.windows.index(axis)
+            shape.append(count if len(axes.windows) == 1 else windows[position])
+        elif axis in axes.slots:
+            if axis == axes.slots[0]:
+                order.append(2)
+            shape.append(slots if axis == axes.slots[0] else 1)
+        else:
+            place = next(rest)
+            order.append(place)
+            shape.append(value.shape[place])
+    if 1 not in order:  # a single window without an axis of its own
+        value = value.squeeze(1)
+        order = [place - 1 if place > 1 else place for place in order]
+    return value.permute(order).reshape(shape)
+
+
+def pool_slots(table: Tensor, slots: WindowSlots, axes: tuple[int, ...]) -> Tensor:
+    """A constant with an entry per slot of a window, for every fixed slot: the mean over its patch.
+
+    Args:
+        table: window slots on `axes` (one axis, or rows and columns).
+
+    Returns:
+        S on the first of `axes`, 1 on the second.
+    """
+    boolean = table.dtype == torch.bool
+    value = table.float() if boolean else table
+    if len(axes) == 2:
+        value = value.flatten(axes[0], axes[1])
+    axis = axes[0]
+    value = value.movedim(axis, 0)
+    rest = value.shape[1:]
+    flat = value.reshape(1, value.shape[0], -1)
+    tables = slots.tables
+    top = max(slots.levels)
+    parts = []
+    if top:
+        sums = patch_sums(flat, (flat.shape[1], 1), slots.sides[: top + 1], tables.places)
+    for level in slots.levels:
+        if level == 0:
+            parts.append(flat[0])
+            continue
+        means = sums[level].flatten(1, 2)[0].index_select(0, tables.local[level])
+        parts.append((means / tables.counts[level][:, None]).to(flat.dtype))
+    pooled = parts[0] if len(parts) == 1 else torch.cat(parts, 0)
+    pooled = pooled.view(-1, *rest).movedim(0, axis)
+    pooled = pooled.unsqueeze(axis + 1) if len(axes) == 2 else pooled
+    return pooled > 0.5 if boolean else pooled
+
+
+def pool_line(table: Tensor, slots: WindowSlots, place: tuple[int, int]) -> Tensor:
+    """As `pool_slots`, of a table with an entry per slot row, or per slot column.
+
+    Args:
+        place: (axis of the table, 0 for rows or 1 for columns).
+    """
+    axis, line = place
+    entries = table.movedim(axis, 0)
+    rows, columns = slots.size
+    shape = (rows, columns, *entries.shape[1:])
+    spread = entries.unsqueeze(1 - line).expand(shape)
+    return pool_slots(spread, slots, (0, 1)).squeeze(1).movedim(0, axis)

@@ -1,0 +1,205 @@
+"""Windows of attention, as numbers: which token is in which slot of which window, on any grid.
+
+A `WindowRule` is what `dgefx.passes.windows` reads off a block's data movement (roll, pad,
+partition). On a grid it gives a `Tiling`: the grid with its tokens rearranged window by window and
+cut wherever no patch may continue, which is what the patch hierarchy (`dgefx.nn.hierarchy`) is
+built on. Rows and columns are independent of each other throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+
+#: per window, the token along one axis in every slot; -1: padding
+AxisMap = tuple[tuple[int, ...], ...]
+
+
+def axis_map(kind: str, window: int, shift: int, pad_first: bool, length: int) -> AxisMap:
+    """Tokens of one axis in windows.
+
+    Args:
+        kind: "block" (neighbours share a window) or "grid" (tokens a stride apart do).
+        window: slots along the axis. shift: of the cyclic roll, towards the start.
+        pad_first: padding is appended before the roll instead of after it.
+        length: tokens along the axis.
+    """
+    padded = -(-length // window) * window
+    tokens = list(range(length))
+    fill = [-1] * (padded - length)
+    line = tokens + fill if pad_first else tokens
+    cut = shift % len(line)
+    line = line[cut:] + line[:cut]
+    line = line if pad_first else line + fill
+    count = padded // window
+    if kind == "grid":
+        return tuple(tuple(line[start::count]) for start in range(count))
+    return tuple(tuple(line[i * window : (i + 1) * window]) for i in range(count))
+
+
+def borders_of(tokens: AxisMap) -> tuple[int, ...]:
+    """Slots at which, in some window, the image does not continue: a roll's seam, padding."""
+    steps = [b - a for line in tokens for a, b in pairwise(line) if a >= 0 and b >= 0]
+    usual = max(set(steps), key=steps.count) if steps else 1
+    return tuple(
+        slot
+        for slot in range(1, len(tokens[0]))
+        if any(
+            (line[slot - 1] < 0) != (line[slot] < 0)
+            or (line[slot] >= 0 and line[slot] - line[slot - 1] != usual)
+            for line in tokens
+        )
+    )
+
+
+@dataclass(frozen=True)
+class AxisTiling:
+    """One axis, its windows padded so that patches of every side are aligned.
+
+    tokens: see `AxisMap`. places: place of every slot within a window. side: places per window.
+    line: the token at every place of the whole axis; -1: none. length: tokens along the axis.
+    """
+
+    tokens: AxisMap
+    places: tuple[int, ...]
+    side: int
+    line: tuple[int, ...]
+    length: int
+
+    @classmethod
+    def of(cls, tokens: AxisMap, unit: int, cuts: tuple[int, ...] = ()) -> AxisTiling:
+        """Cut at every border, and before the slots `cuts`; each piece starts at a multiple of
+        `unit`, the coarsest side."""
+        borders = (*sorted({*borders_of(tokens), *cuts}), len(tokens[0]))
+        places: list[int] = []
+        side = 0
+        for first, last in pairwise((0, *borders)):
+            places.extend(range(side, side + last - first))
+            side += -(-(last - first) // unit) * unit
+        line = [-1] * (side * len(tokens))
+        for window, slots in enumerate(tokens):
+            for place, token in zip(places, slots, strict=True):
+                line[window * side + place] = token
+        length = sum(token >= 0 for token in line)
+        return cls(tokens, tuple(places), side, tuple(line), length)
+
+    def counts(self, side: int) -> tuple[int, ...]:
+        """Tokens in every patch of `side` places; 0 where there is none."""
+        filled = [token >= 0 for token in self.line]
+        return tuple(sum(filled[i : i + side]) for i in range(0, len(filled), side))
+
+    def slot_counts(self, side: int) -> tuple[int, ...]:
+        """Slots in every patch of one window."""
+        filled = set(self.places)
+        return tuple(
+            sum(place in filled for place in range(i, i + side)) for i in range(0, self.side, side)
+        )
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A grid of tokens rearranged window by window."""
+
+    rows: AxisTiling
+    columns: AxisTiling
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) tokens of the image."""
+        return self.rows.length, self.columns.length
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of places."""
+        return len(self.rows.line), len(self.columns.line)
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """(rows, columns) of windows."""
+        return len(self.rows.tokens), len(self.columns.tokens)
+
+    @property
+    def full(self) -> bool:
+        """Whether every place holds a token."""
+        return self.shape == self.grid
+
+    def counts(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Per axis, tokens in every patch of `side`."""
+        return _tiling_counts(self, side)
+
+    def children(self, fine: int, coarse: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Per axis, patches of side `fine` that hold tokens in every patch of side `coarse`."""
+        return _tiling_children(self, fine, coarse)
+
+
+@functools.lru_cache(maxsize=512)
+def _tiling_counts(tiling: Tiling, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tiling.rows.counts(side), tiling.columns.counts(side)
+
+
+@functools.lru_cache(maxsize=512)
+def _tiling_children(
+    tiling: Tiling, fine: int, coarse: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ratio = coarse // fine
+    rows, columns = (
+        tuple(sum(c > 0 for c in counts[i : i + ratio]) for i in range(0, len(counts), ratio))
+        for counts in tiling.counts(fine)
+    )
+    return rows, columns
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """How a block partitions a grid, for every size of it.
+
+    size: (rows, columns) of slots in a window; None: one window over the whole grid.
+    kind, shift, pad_first: see `axis_map`. fixed: only at the size it was read at, as these maps.
+    cuts: per axis, slots before which patches end besides (borders of an attention mask).
+    """
+
+    size: tuple[int, int] | None = None
+    kind: str = "block"
+    shift: tuple[int, int] = (0, 0)
+    pad_first: bool = False
+    fixed: tuple[AxisMap, AxisMap] | None = None
+    cuts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def maps(self, grid: tuple[int, int]) -> tuple[AxisMap, AxisMap]:
+        """Per axis, the token in every slot of every window.
+
+        Raises:
+            ValueError: the rule is known at one size only, and this is another.
+        """
+        if self.fixed is not None:
+            known = tuple(
+                sum(token >= 0 for line in tokens for token in line) for tokens in self.fixed
+            )
+            if known != grid:
+                raise ValueError(
+                    f"a converted block with windows got a grid of {grid[0]} x {grid[1]} tokens; "
+                    f"it was converted for {known[0]} x {known[1]}, and how it lays out windows on "
+                    f"other sizes is not known. convert() the model at this image size"
+                )
+            return self.fixed
+        if self.size is None:
+            return (tuple(range(grid[0])),), (tuple(range(grid[1])),)
+        rows, columns = (
+            axis_map(self.kind, self.size[axis], self.shift[axis], self.pad_first, grid[axis])
+            for axis in (0, 1)
+        )
+        return rows, columns
+
+    def tiling(self, grid: tuple[int, int], unit: int) -> Tiling:
+        """The tiling of `grid` for patches of sides up to `unit`."""
+        return _tiling(self, (int(grid[0]), int(grid[1])), unit)
+
+
+@functools.lru_cache(maxsize=128)
+def _tiling(rule: WindowRule, grid: tuple[int, int], unit: int) -> Tiling:
+    rows, columns = (
+        AxisTiling.of(tokens, unit, cuts)
+        for tokens, cuts in zip(rule.maps(grid), rule.cuts, strict=True)
+    )
+    return Tiling(rows, columns)
