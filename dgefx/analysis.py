@@ -129,13 +129,13 @@ def install(
     config: DGEConfig,
 ) -> None:
     """Replace the planned blocks of `model` by converted ones; finest unless `chosen`."""
-    shapes: dict[str | None, GridShape] = {}
+    shapes: dict[tuple[str | None, tuple[int, int]], GridShape] = {}
     for name, plan in plans.items():
-        source = plan.hook_source
+        source = (plan.hook_source, plan.layout.grid)
         if plan.needs_grid_shape and source not in shapes:
             shapes[source] = GridShape(plan.layout.grid)
-            if source is not None:
-                model.get_submodule(source).register_forward_hook(shapes[source])
+            if plan.hook_source is not None:
+                model.get_submodule(plan.hook_source).register_forward_hook(shapes[source])
         block = build_block(
             model.get_submodule(name),
             plan,

@@ -59,7 +59,8 @@ def granularity_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
 
     Returns:
         Per block, in the order they run, an int64 tensor (B, rows, columns) on the CPU: the patch
-        side in tokens (1 is the finest) of every cell of `DGEConfig.region_side` tokens a side.
+        side in tokens (1 is the finest) of every cell of `DGEConfig.region_side` tokens a side;
+        for blocks with windows, whose patches end where windows do, of every token.
 
     Raises:
         TypeError, ValueError: not a converted model, or no batch of images.
@@ -67,8 +68,11 @@ def granularity_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
     maps = {}
     for name, routing in _routings(model, images).items():
         sides = torch.tensor(routing.granularities)
+        levels = routing.levels.cpu()
         cells = side_counts(routing.grid, routing.region)
-        maps[name] = sides[routing.levels.cpu()].unflatten(1, cells)
+        if routing.windows is not None:
+            levels, cells = levels[:, routing.token_region.cpu()], routing.grid
+        maps[name] = sides[levels].unflatten(1, cells)
     return maps
 
 
@@ -87,6 +91,25 @@ def _patches(sides: Tensor, routing: Routing) -> list[tuple[int, int, int, int, 
             for y in range(top, end_y, side):
                 for x in range(left, end_x, side):
                     found.append((y, x, min(side, end_y - y), min(side, end_x - x), side))
+    return found
+
+
+def _window_patches(
+    sides: Tensor, token_slot: Tensor, columns: int
+) -> list[tuple[int, int, int, int, int]]:
+    """As `_patches`, from the slot of every token; a patch of tokens that lie apart (grid
+    attention) is drawn token by token."""
+    found = []
+    for slot in token_slot.unique():
+        members = (token_slot == slot).nonzero().flatten()
+        y, x = members // columns, members % columns
+        top, left = int(y.min()), int(x.min())
+        height, width = int(y.max()) - top + 1, int(x.max()) - left + 1
+        side = int(sides[y[0], x[0]])
+        if height * width == len(members):
+            found.append((top, left, height, width, side))
+        else:
+            found += [(int(i), int(j), 1, 1, side) for i, j in zip(y, x, strict=True)]
     return found
 
 
@@ -113,7 +136,7 @@ def _spread(routings: Mapping[str, Routing], count: int) -> list[str]:
     return [name for name in routings if name in picked]
 
 
-def _draw_map(axes: Axes, picture: Tensor, sides: Tensor, routing: Routing) -> None:
+def _draw_map(axes: Axes, picture: Tensor, sides: Tensor, routing: Routing, image: int) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
@@ -121,7 +144,11 @@ def _draw_map(axes: Axes, picture: Tensor, sides: Tensor, routing: Routing) -> N
     axes.imshow(picture.numpy())
     step_y, step_x = picture.shape[0] / routing.grid[0], picture.shape[1] / routing.grid[1]
     cells, colours = [], []
-    for y, x, height, width, side in _patches(sides, routing):
+    if routing.windows is None:
+        patches = _patches(sides, routing)
+    else:
+        patches = _window_patches(sides, routing.token_slot[image].cpu(), routing.grid[1])
+    for y, x, height, width, side in patches:
         corner = (x * step_x - 0.5, y * step_y - 0.5)
         cells.append(Rectangle(corner, width * step_x, height * step_y))
         level = routing.granularities.index(side)
@@ -171,7 +198,7 @@ def plot_granularity(
     for row, picture in enumerate(pictures):
         axes[row, 0].imshow(picture.numpy())
         for column, name in enumerate(names, start=1):
-            _draw_map(axes[row, column], picture, maps[name][row], routings[name])
+            _draw_map(axes[row, column], picture, maps[name][row], routings[name], row)
     axes[0, 0].set_title("input", fontsize=9)
     for axis, name in zip(axes[0, 1:], names, strict=True):
         grid = routings[name].grid

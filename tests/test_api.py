@@ -395,12 +395,3 @@ def test_a_model_that_changes_from_call_to_call_is_refused(dense: nn.Module) -> 
     dense.blocks[1].mlp = nn.Sequential(dense.blocks[1].mlp, Counting())
     with pytest.raises(ValueError, match=r"whole model .* differs"):
         dgefx.convert(dense, 0.9, example_inputs=X)
-
-
-def test_windows_stay_dense_with_that_reason() -> None:
-    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
-    with pytest.raises(ValueError, match="windowed attention"):
-        dgefx.convert(model)
-    report = dgefx.explain(model)
-    assert report.ratio == report.floor == 1.0
-    assert all("windowed attention" in b.reason for b in report.blocks[:3])

@@ -145,7 +145,10 @@ class ImportanceFit:
         for (name, i), total in zip(places, sums, strict=True):
             if total is None or not bool(total.max() > 0):
                 continue
-            cells = recorders[name].seen[i][0].flatten(1, 2)
+            cells, grid = recorders[name].seen[i]
+            # windows may leave regions without tokens
+            held = recorders[name].router.tables(grid, total.device)[0].region_cost > 0
+            cells, total = cells.flatten(1, 2)[:, held], total[:, held]
             least = total.mean(1, keepdim=True) * 1e-6 + 1e-30
             features = F.layer_norm(cells.float(), cells.shape[-1:])
             self.fits[name].add(features, 0.5 * (total + least).log())

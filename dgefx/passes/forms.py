@@ -236,21 +236,38 @@ class FormFinder:
         if not any(bool(mask.any()) for mask in masks):
             return Form("free", batch=_batch_axis(masks, self.probes))
         batch = _batch_axis(masks, self.probes)
-        form = self._matching(masks, value, batch)
+        form = self._matching(node, masks, value, batch)
         if form is None and self._moves_tokens(node):
-            if self.partition is None and self._lands(node):
+            if self._lands(node):
                 self._read_windows(node)
-                form = self._matching(masks, value, batch)
+                form = self._matching(node, masks, value, batch)
             form = form or Form("moving")
         return form or self._confine(node, value, moved, forms)
 
-    def _matching(self, masks: list[Tensor], value: Tensor, batch: int | None) -> Form | None:
-        """The form whose places are exactly those that changed."""
+    def _matching(
+        self, node: fx.Node, masks: list[Tensor], value: Tensor, batch: int | None
+    ) -> Form | None:
+        """The form whose places are exactly those that changed; of data movement, the form whose
+        token numbers are those that the movement makes."""
+        numbers = None
+        if self._moves_tokens(node) and not self.layout.prefix:
+            numbers = self.numbers(node, self.base, self.layout.grid)
 
         def fit(form: Form) -> bool:
             pairs = zip(masks, self.probes, strict=True)
-            return all(_only_at(m, self._place(form, p)) for m, p in pairs)
+            if not all(_only_at(m, self._place(form, p)) for m, p in pairs):
+                return False
+            if numbers is None or form.batch is None:
+                return True
+            return torch.equal(numbers, self._seed(form, value.shape, self.layout.grid))
 
+        for source in node.all_input_nodes:
+            form = self.forms.get(source)
+            if form is None or form.batch is None or form.kind in ("free", "moving"):
+                continue
+            kept = dataclasses.replace(form, mixes=False)
+            if max(kept.axes) < value.dim() and fit(kept):
+                return kept
         plain = next((form for form in self._candidates(value, batch) if fit(form)), None)
         if plain is not None and plain.batch is not None:
             return plain
@@ -287,10 +304,11 @@ class FormFinder:
             values: of every node that `node` needs, on `grid`.
         """
         source = self._moved(node)
-        if self.forms[source].kind == "moving":
+        # also through what moves nothing at this size: a padding of zero rows
+        if self._moves_tokens(source):
             seed = self.numbers(source, values, grid)
         else:
-            seed = self._seed(source, values[source].shape, grid)
+            seed = self._seed(self.forms[source], values[source].shape, grid)
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda n: seed if n is source else values[n]
         )
@@ -298,23 +316,55 @@ class FormFinder:
         assert isinstance(found, Tensor)
         return found
 
-    def _seed(self, node: fx.Node, shape: torch.Size, grid: tuple[int, int]) -> Tensor:
-        form = self.forms[node]
-        if form.kind not in ("tokens", "grid") or form.batch is None or form.prefix:
-            raise Refused(f"{node.name} moves tokens that are not in the image's order")
-        tokens = torch.arange(grid[0] * grid[1]).view([shape[a] for a in form.axes])
+    def _seed(self, form: Form, shape: torch.Size, grid: tuple[int, int]) -> Tensor:
+        """Numbers of a value of this shape that has this form; ill-fitting shapes have none."""
+        if form.batch is None or form.prefix or form.kind in ("free", "moving"):
+            raise Refused("tokens are moved that are not in the image's order")
+        if form.kind == "window":
+            return self._window_seed(form, shape)
+        sizes = [shape[axis] for axis in form.axes]
+        if torch.Size(sizes).numel() != grid[0] * grid[1]:
+            return torch.full(shape, -1)
         place = [1] * len(shape)
         for axis in form.axes:
             place[axis] = shape[axis]
         images = [1] * len(shape)
         images[form.batch] = shape[form.batch]
         first = torch.arange(shape[form.batch]).view(images) * (grid[0] * grid[1])
-        return (first + tokens.view(place) + 1).expand(shape)
+        tokens = torch.arange(grid[0] * grid[1]).view(place)
+        return (first + tokens + 1).expand(shape)
+
+    def _window_seed(self, form: Form, shape: torch.Size) -> Tensor:
+        partition = self.partition or Partition.whole(self.layout.grid)
+        numbers = partition.numbers(self._images(self.trace.values))
+        if len(form.windows) < 2:
+            numbers = numbers.flatten(1, 2)
+        if len(form.axes) == 1:
+            numbers = numbers.flatten(-2, -1)
+        if form.merged:
+            numbers = numbers.flatten(0, 1)
+        elif not form.windows:
+            numbers = numbers.squeeze(1)
+        numbers = numbers.repeat_interleave(form.inner, 0)
+        axes = [form.batch, *form.windows, *form.axes]
+        place = [1] * len(shape)
+        for axis, size in zip(axes, numbers.shape, strict=True):
+            if axis is None or axis >= len(shape) or shape[axis] != size:
+                return torch.full(shape, -1)
+            place[axis] = size
+        return numbers.view(place).expand(shape)
+
+    def _images(self, values: dict[fx.Node, Any]) -> int:
+        return int(values[self.worlds.stream].shape[self._stream_form().batch or 0])
 
     def _read_windows(self, node: fx.Node) -> None:
-        images = self.trace.values[self.worlds.stream].shape[self._stream_form().batch or 0]
         numbers = self.numbers(node, self.base, self.layout.grid)
+        images = self._images(self.trace.values)
         found = read_partition(numbers, images, self.layout.grid, self.slots)
+        if self.partition is not None:
+            if found is not None:
+                raise Refused("the block has two different partitions into windows")
+            return
         self.partition, self.landing = found, node if found else None
 
     def _window_candidates(self, value: Tensor) -> list[Form]:
@@ -322,8 +372,7 @@ class FormFinder:
         if self.layout.prefix:
             return []
         partition = self.partition or Partition.whole(self.layout.grid)
-        stream = self._stream_form()
-        images = self.trace.values[self.worlds.stream].shape[stream.batch or 0]
+        images = self._images(self.trace.values)
         rows, columns = partition.windows
         shape, dim = value.shape, value.dim()
         found = []
@@ -411,11 +460,8 @@ class FormFinder:
                     if node in needed and node not in values:
                         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                         values[node] = self._execute(node, args, kwargs, index)
-            stream = self._stream_form()
-            images = values[self.worlds.stream].shape[stream.batch or 0]
-            return read_partition(
-                self.numbers(self.landing, values, grid), images, grid, self.slots
-            )
+            numbers = self.numbers(self.landing, values, grid)
+            return read_partition(numbers, self._images(values), grid, self.slots)
         except Exception:  # whatever the block raises, it does not take this size
             return None
 

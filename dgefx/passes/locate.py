@@ -2,12 +2,16 @@
 
 Works on the flat capture as a networkx graph. A core converts when its keys, values and queries
 all come from one stream x, when the path from the core to the output must pass an add whose other
-operand is x (a post-dominator of the core), and when one module holds x on its input and that add
-on its way to its output. Everything else is reported with the reason. Next: `passes.trace`.
+operand is x, maybe scaled (a post-dominator of the core), and when one module takes x, or what x
+is plus something, and hands out that sum, or what becomes of it without changing its size. Its
+queries have to be the tokens of the stream, in windows or not. Everything else is reported with
+the reason. Next: `passes.trace`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -16,9 +20,29 @@ from torch.fx import Graph, Node
 from dgefx.passes.capture import Capture
 from dgefx.passes.cores import Core, find_cores
 from dgefx.passes.grid import GridFinder, Layout
-from dgefx.passes.ops import MOVEMENT, op_name
+from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
 
 _SINK = "sink"
+
+#: what a stream may go through before it is added to: it stays the stream, scaled
+_SCALING = MOVEMENT | {"mul", "div", "dropout"}
+#: lets tokens see each other; a path through it is the update, not the stream
+_ATTENDS = frozenset(
+    {"matmul", "einsum", "softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+)
+_NO_ADD = (
+    "no residual add around it: its queries do not ride on a residual stream (pooling head or "
+    "learned queries)"
+)
+_FOREIGN = (
+    "its queries do not come from the stream that its output is added to, although its keys do: "
+    "foreign or learned queries"
+)
+_OTHER_SHORTCUT = (
+    "its queries do not come from what its output is added to: the shortcut around it is pooled or "
+    "projected, or belongs to another stream"
+)
+_CHANNELS = "channel attention: queries are channels, not tokens"
 
 
 @dataclass
@@ -48,6 +72,14 @@ def flow(graph: Graph) -> nx.DiGraph:
     return digraph
 
 
+@dataclass(frozen=True)
+class Residual:
+    """stream: what the queries come from, and what is added to in `add`, maybe scaled."""
+
+    stream: Node
+    add: Node
+
+
 class _Residuals:
     """Residual adds of a flow graph, by post-dominance."""
 
@@ -73,28 +105,54 @@ class _Residuals:
             front.extend(current.all_input_nodes)
         return False
 
-    def add_after(self, core: Core) -> tuple[Node, Node] | None:
-        """(stream, add): the first add every path from the core must pass, joining the stream
-        the queries came from."""
-        if core.output not in self.alive:
-            return None
-        node = self.post.get(core.output)
+    def _adds_after(self, core: Core) -> Iterator[tuple[Node, Node]]:
+        """(operand that does not come from the core, add) for every add that its output must pass,
+        nearest first."""
+        node = self.post.get(core.output) if core.output in self.alive else None
         while isinstance(node, Node):
-            if op_name(node) == "add" and len(node.all_input_nodes) == 2:
-                for stream in node.all_input_nodes:
-                    other = next(n for n in node.all_input_nodes if n is not stream)
+            sources = node.all_input_nodes
+            if op_name(node) == "add" and len(sources) == 2:
+                for stream, other in (sources, sources[::-1]):
                     if (
-                        stream.meta["shape"] == node.meta["shape"]
-                        and self.descends(core.query, stream)
+                        stream.op != "get_attr"
+                        and stream.meta.get("shape") == node.meta["shape"]
                         and self.descends(other, core.output)
                         and not self.descends(stream, core.output)
                     ):
-                        return stream, node
+                        yield stream, node
             following = self.post.get(node)
             if following is node:
                 break
             node = following
+
+    def _origin(self, core: Core, stream: Node) -> Node | None:
+        """The value that both the queries and the stream are made of: the stream itself, or what
+        it is scaled or moved from, or what another branch beside this one was added to."""
+        front, seen = [stream], {stream}
+        while front:
+            node = front.pop(0)
+            if self.descends(core.query, node):
+                return node
+            # a sum whose keys come from it is the stream; one that they do not is another branch's
+            beside = op_name(node) == "add" and not self.descends(core.key, node)
+            if node.op.startswith("call_") and (op_name(node) in _SCALING or beside):
+                fresh = [n for n in node.all_input_nodes if n not in seen and n.op != "get_attr"]
+                seen.update(fresh)
+                front.extend(fresh)
         return None
+
+    def around(self, core: Core) -> Residual | str:
+        """The residual add around a core, or the reason why there is none."""
+        reason = _NO_ADD
+        for stream, add in self._adds_after(core):
+            origin = self._origin(core, stream)
+            if origin is not None:
+                return Residual(origin, add)
+            if self.descends(core.key, stream):
+                reason = _FOREIGN
+            elif reason is _NO_ADD:
+                reason = _OTHER_SHORTCUT
+        return reason
 
 
 def _inside(node: Node, module: str) -> bool:
@@ -119,51 +177,73 @@ def _boundary(graph: Graph, module: str) -> tuple[set[Node], set[Node]]:
     return entering, leaving
 
 
-def skips_to(output: Node, stream: Node) -> bool:
-    """Whether `output` is `stream` plus something: reachable by adds and data movement alone."""
-    seen: set[Node] = set()
-    front = [output]
+def skips_to(output: Node, streams: Container[Node]) -> Node | None:
+    """The nearest of `streams` that `output` is, plus something: reachable backwards by adds, data
+    movement and dropout alone."""
+    front, seen = [output], {output}
     while front:
-        node = front.pop()
-        if node is stream:
-            return True
-        if node in seen or not node.op.startswith("call_"):
+        node = front.pop(0)
+        if node in streams:
+            return node
+        if not node.op.startswith("call_"):
             continue
-        seen.add(node)
         name = op_name(node)
         if name == "add" or name in MOVEMENT or name == "dropout":
-            front.extend(node.all_input_nodes)
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            front.extend(fresh)
+    return None
+
+
+def _size(node: Node) -> int:
+    return math.prod(node.meta.get("shape", (0,)))
+
+
+def keeps(output: Node, earlier: Node) -> bool:
+    """Whether `output` is `earlier` updated: a path without attention leads there on which every
+    value has as many elements."""
+    size = _size(earlier)
+    front, seen = [output], {output}
+    while front:
+        node = front.pop()
+        if node is earlier:
+            return True
+        if not node.op.startswith("call_") or op_name(node) in _ATTENDS:
+            continue
+        fresh = [n for n in node.all_input_nodes if n not in seen and _size(n) == size]
+        seen.update(fresh)
+        front.extend(fresh)
     return False
 
 
-def _moved_from(node: Node) -> Node:
-    """The value before any data movement."""
-    while node.op.startswith("call_") and op_name(node) in MOVEMENT and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
 def _owner(
-    graph: Graph, core: Core, stream: Node, add: Node, capture: Capture
+    graph: Graph, core: Core, residual: Residual, capture: Capture, only: str | None = None
 ) -> tuple[str, Node] | str:
-    """(innermost module that takes the stream and gives it back updated, its stream input)."""
-    stack = [name for name in core.output.meta["stack"] if name in add.meta["stack"]]
+    """(innermost module that takes the stream and gives it back updated, its stream input).
+
+    Args:
+        only: ask about this module alone.
+    """
+    stack = [n for n in core.output.meta["stack"] if n in residual.add.meta["stack"]]
+    stack = stack if only is None else [only]
     for module in reversed(stack):
         entering, leaving = _boundary(graph, module)
-        candidates = [n for n in (stream, _moved_from(stream)) if n in entering]
-        if not candidates:
+        entry = skips_to(residual.stream, {n for n in entering if n.op != "get_attr"})
+        if entry is None:
             continue
         if len(leaving) != 1:
             return f"module {module or '(root)'} hands out {len(leaving)} values, one expected"
         (output,) = leaving
-        entry = candidates[0]
         if output.meta.get("shape") != entry.meta["shape"]:
             return (
                 f"module {module or '(root)'} changes the stream's shape from "
                 f"{entry.meta['shape']} to {output.meta.get('shape')}"
             )
-        if not skips_to(output, entry):
-            return f"the output of {module or '(root)'} is not its input plus an update"
+        if not keeps(output, residual.add):
+            return (
+                f"the output of {module or '(root)'} is not its stream updated: what leads to it "
+                f"from the sum with the attention has another size"
+            )
         if capture.frames.get(module, 0) != 1:
             return f"{module or '(root)'} runs {capture.frames.get(module, 0)} times per forward"
         if not module:
@@ -172,30 +252,42 @@ def _owner(
     return "no module takes the residual stream and returns it updated"
 
 
-def _window_reason(core: Core, batch: int) -> str | None:
-    """Whether the core's queries come in several groups per image."""
+def _query_count(core: Core, layout: Layout, batch: int) -> int:
+    """Queries per image by the shape of the queries alone: all windows of all sizes together."""
     query = core.query.meta["shape"]
-    count = query[-2]
-    if core.kind == "multi_head_attention_forward" or len(query) < 4:
-        return None
-    groups = query[0] // batch if len(query) == 4 else query[0] * query[1] // batch
-    if groups > 1 and (len(query) == 4 or query[0] % batch == 0):
-        return (
-            f"windowed attention ({groups} windows of {count} tokens per image); windows are not "
-            f"converted yet"
-        )
-    return None
+    if core.kind == "multi_head_attention_forward":
+        return int(query[0] * max(query[1] // batch, 1))
+    count, lead = query[-2], query[:-2]
+    if count in (layout.tokens, layout.grid[0] * layout.grid[1]) or len(lead) < 2:
+        return int(count)
+    # (images and windows, heads) or (images, windows, heads) in any order of the last two
+    merged = [lead[0]] if len(lead) == 2 else [lead[0] * n for n in lead[1:]]
+    fitting = [n // batch * count for n in merged if n % batch == 0]
+    enough = [n for n in fitting if n >= layout.grid[0] * layout.grid[1]]
+    return int(min(enough, default=count))
 
 
-def _query_reason(core: Core, layout: Layout) -> str | None:
-    """Why the core's queries are not the stream's tokens, or None."""
-    query, key = core.query.meta["shape"], core.key.meta["shape"]
-    whole = (layout.grid[0] * layout.grid[1], layout.tokens)
-    count = query[0] if core.kind == "multi_head_attention_forward" else query[-2]
-    if count in whole:
+def _query_reason(
+    core: Core, stream: Node, layout: Layout, finder: GridFinder, batch: int
+) -> str | None:
+    """Why the core's queries are not the tokens of the stream, or None."""
+    tokens = layout.grid[0] * layout.grid[1]
+    held, all_tokens = finder.held(core.query), finder.held(stream)
+    if held is None or all_tokens is None:
+        query, whole = core.query.meta["shape"], (tokens, layout.tokens)
+        if query[-1] in whole and query[-2] not in whole:
+            return _CHANNELS
+        count = _query_count(core, layout, batch)
+        same_grid = count >= tokens
+    elif held.in_features:
+        return _CHANNELS
+    elif not held.count:
+        return "its queries are prefix tokens alone: class attention"
+    else:
+        count = held.count
+        same_grid = (held.grid, count) == (all_tokens.grid, all_tokens.count)
+    if same_grid:
         return None
-    if key[-1] in whole and query[-1] in whole:
-        return "channel attention: queries are channels, not tokens"
     return (
         f"{count} queries against {layout.tokens} tokens: class or pooling attention, or a query "
         f"path that changes the grid"
@@ -218,21 +310,21 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         stack = core.output.meta["stack"]
         site = Site(stack[-1] if stack else "", core)
         sites.append(site)
-        found = residuals.add_after(core)
-        if found is None:
-            site.reason = (
-                "no residual add around it: its queries do not ride on a residual stream "
-                "(pooling head, learned or foreign queries)"
-            )
+        residual = residuals.around(core)
+        if isinstance(residual, str):
+            site.reason = residual
             continue
-        stream, add = found
         for part, label in ((core.key, "keys"), (core.value, "values")):
-            if not residuals.descends(part, stream):
+            if not residuals.descends(part, residual.stream):
                 site.reason = f"its {label} do not come from the stream of its queries"
-        site.reason = site.reason or _window_reason(core, batch)
-        owner = _owner(graph, core, stream, add, capture)
+        owner = _owner(graph, core, residual, capture)
         if isinstance(owner, str):
-            site.reason = site.reason or owner
+            # what it asks with says more than what its module does
+            layout = finder.layout(residual.stream)
+            asks = isinstance(layout, Layout) and _query_reason(
+                core, residual.stream, layout, finder, batch
+            )
+            site.reason = site.reason or asks or owner
             continue
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
@@ -240,18 +332,80 @@ def locate(capture: Capture, batch: int) -> list[Site]:
             site.reason = site.reason or layout
             continue
         site.layout = layout
-        site.reason = site.reason or _query_reason(core, layout)
+        site.reason = site.reason or _query_reason(core, site.stream, layout, finder, batch)
         if site.reason is None and layout.grid[0] * layout.grid[1] < 4:
             site.reason = f"a grid of {layout.grid[0]} x {layout.grid[1]} has nothing to pool"
-    _refuse_shared_blocks(sites)
-    return sites
+    _refuse_outer_blocks(sites)
+    joined = _join_shared_blocks(sites)
+    for site in joined:
+        if site.reason is None:
+            _widen(graph, site, cores, residuals, capture, finder)
+    return joined
 
 
-def _refuse_shared_blocks(sites: list[Site]) -> None:
-    """A block with several cores converts only when the split can tell them apart: not yet."""
-    owners: dict[str, int] = {}
+def _refuse_outer_blocks(sites: list[Site]) -> None:
+    """Of two blocks inside each other only the inner one converts."""
     for site in sites:
-        owners[site.name] = owners.get(site.name, 0) + 1
+        inner = [s.name for s in sites if s.reason is None and s.name.startswith(f"{site.name}.")]
+        if site.reason is None and inner:
+            site.reason = f"{site.name} also holds the block {inner[0]}, which converts by itself"
+
+
+def _join_shared_blocks(sites: list[Site]) -> list[Site]:
+    """A block with several attentions is one site; if one of them cannot convert, none does."""
+    joined: list[Site] = []
     for site in sites:
-        if owners[site.name] > 1 and site.reason is None:
-            site.reason = f"{site.name} holds {owners[site.name]} attentions; one expected"
+        shared = [s for s in sites if s.name == site.name]
+        refused = next((s.reason for s in shared if s.reason is not None), None)
+        if refused is None and shared[0] is not site:
+            continue
+        if site.reason is None and refused is not None:
+            site.reason = f"another attention of {site.name} does not convert: {refused}"
+        joined.append(site)
+    return joined
+
+
+def _widen(
+    graph: Graph,
+    site: Site,
+    cores: list[Core],
+    residuals: _Residuals,
+    capture: Capture,
+    finder: GridFinder,
+) -> None:
+    """Let a block whose MLP sits in a sibling module be the module that holds both.
+
+    An outer module takes the block's place if it too takes the stream and gives it back updated,
+    holds no other attention, and adds nothing but tokenwise work with weights of its own.
+    """
+    own = [core for core in cores if _inside(core.output, site.name)]
+    stack = list(site.core.output.meta["stack"])
+    for module in reversed(stack[: stack.index(site.name)]):
+        held = [core for core in cores if _inside(core.output, module)]
+        residual = residuals.around(site.core)
+        if not module or len(held) != len(own) or isinstance(residual, str):
+            return
+        more = [
+            node
+            for node in graph.nodes
+            if node.op.startswith("call_")
+            and _inside(node, module)
+            and not _inside(node, site.name)
+        ]
+        weighted = [node for node in more if op_name(node) in ("linear", "conv2d")]
+        if not all(_is_tokenwise(node) for node in more):
+            return
+        owner = _owner(graph, site.core, residual, capture, module)
+        if isinstance(owner, str):
+            return
+        layout = finder.layout(owner[1])
+        if weighted and isinstance(layout, Layout):
+            site.name, site.stream, site.layout = *owner, layout
+
+
+def _is_tokenwise(node: Node) -> bool:
+    name = op_name(node)
+    if name == "conv2d":
+        weight = argument(node, 1, "weight")
+        return isinstance(weight, Node) and tuple(weight.meta["shape"][2:]) == (1, 1)
+    return name in TOKENWISE | MOVEMENT

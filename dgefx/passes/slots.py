@@ -38,7 +38,7 @@ def einsum_tables(
     An equation without tables, or one that is not understood, has no positions.
     """
     equation, *operands = node.args
-    held = [o for o in operands if isinstance(o, fx.Node) and o in forms and o in worlds.query]
+    held = [o for o in operands if isinstance(o, fx.Node) and o in forms and o in worlds.asking]
     held = [o for o in held if forms[o].kind in ("tokens", "grid", "window")]
     if not isinstance(equation, str) or len(held) != 1 or "->" not in equation or "." in equation:
         return "", node, []
@@ -102,7 +102,7 @@ class SlotChooser:
         value: Any = self.trace.values[node]
         for source, _ in self.worlds.sources(node):
             table = self.trace.values.get(source)
-            if source in self.worlds.query or not isinstance(table, Tensor):
+            if source in self.worlds.asking or not isinstance(table, Tensor):
                 continue
             axes = [axis - (value.dim() - table.dim()) for axis in form.axes]
             if all(a >= 0 for a in axes) and tuple(table.shape[a] for a in axes) == sizes:

@@ -16,6 +16,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from dgefx.kernels.constants import gather_constant
@@ -280,7 +281,8 @@ class _Splitter:
         for fused in self.fused:
             if node in fused.context:
                 return self._project(fused, fused.context[node], self.context, False)
-        return self._copy(node, self.context.__getitem__)
+        # sizes that are the same in both worlds are read where their tensor is
+        return self._copy(node, lambda n: self.context[n] if n in self.context else self.query[n])
 
     def _emit_query(self, node: fx.Node) -> Any:
         for fused in self.fused:
@@ -292,6 +294,8 @@ class _Splitter:
         moved = self._arriving(node)
         if form is not None and moved is not None:
             return self._repack(node, form, moved)
+        if form is not None and self._moves_nothing(node):
+            return self._packed(self._source(node), form)
         if form is not None and form.mixes:
             return self._legalise(node, form)
         name = op_name(node, self.trace.root)
@@ -321,7 +325,7 @@ class _Splitter:
         return self._create(node, args, kwargs)
 
     def _operand(self, source: fx.Node, crosses: bool, slots: bool = False) -> Any:
-        if crosses or source not in self.worlds.query | self.worlds.pooled:
+        if crosses or source not in self.worlds.asking:
             return self.context[source]
         form = self.forms.get(source)
         if form is None or form.kind not in ("tokens", "grid", "window"):
@@ -346,15 +350,44 @@ class _Splitter:
 
     # -- data movement -----------------------------------------------------------------------
 
+    @staticmethod
+    def _source(node: fx.Node) -> Any:
+        return node.args[0] if node.args else None
+
+    def _moves_nothing(self, node: fx.Node) -> bool:
+        """Whether a roll, a padding or a crop leaves the tokens where they are at this size.
+
+        At other sizes it may move them; the packed queries stay as they are in any case.
+        """
+        source = self._source(node)
+        if node.op == "call_module" or not isinstance(source, fx.Node):
+            return False
+        if op_name(node, self.trace.root) not in ("roll", "pad", "getitem", "narrow"):
+            return False
+        before, after = self.finder.base.get(source), self.finder.base.get(node)
+        return (
+            self.forms.get(source) == self.forms.get(node)
+            and isinstance(before, Tensor)
+            and isinstance(after, Tensor)
+            and torch.equal(before, after)
+        )
+
     def _arriving(self, node: fx.Node) -> fx.Node | None:
         """Where the tokens of a value come from that were on their way until this node."""
         if node.op == "call_module" or op_name(node, self.trace.root) not in MOVES:
             return None
-        source: Any = node.args[0] if node.args else None
-        arrived = False
-        while isinstance(source, fx.Node) and self.forms.get(source) == Form("moving"):
-            arrived, source = True, source.args[0]
-        return source if arrived and isinstance(source, fx.Node) else None
+        source: Any = self._source(node)
+        if not isinstance(source, fx.Node) or source not in self.forms:
+            return None
+        before, after = self.forms[source], self.forms.get(node)
+        while before.kind == "moving" and source.args[0] in self.forms:
+            source = source.args[0]
+            before = self.forms[source]
+            if before.kind != "moving":
+                return source
+        # a single window that was rolled: both are whole, and their tokens lie differently
+        turned = after is not None and (before.kind == "window") != (after.kind == "window")
+        return source if turned and after is not None and before.inner == after.inner else None
 
     def _repack(self, node: fx.Node, form: Form, source: fx.Node) -> Any:
         origin = self.forms[source]
@@ -510,7 +543,7 @@ class _Splitter:
         per_axis = axis_sizes(form, self.layout, self.finder)
 
         def gather(original: Any, emitted: Any) -> Any:
-            if not isinstance(original, fx.Node) or original in self.worlds.query:
+            if not isinstance(original, fx.Node) or original in self.worlds.asking:
                 return emitted
             shape = self._shape(original)
             axes = [axis - (rank - len(shape)) for axis in form.axes]

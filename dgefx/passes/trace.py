@@ -9,21 +9,33 @@ decided while tracing. Next: `passes.split`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
+from torch.overrides import TorchFunctionMode
 
 from dgefx.nn.callspec import CallSpec
-
-
-class TraceError(ValueError):
-    """A block that cannot be traced; the message says where."""
+from dgefx.passes.mutation import (
+    AUGMENTED,
+    Change,
+    TraceError,
+    Versions,
+    as_change,
+    is_fill,
+    set_item,
+    shares_memory,
+    tensors_of,
+)
 
 
 class ConcolicProxy(fx.Proxy):
@@ -33,7 +45,13 @@ class ConcolicProxy(fx.Proxy):
 
     @property
     def _value(self) -> Any:
-        return self.tracer.values[self.node]
+        return self.tracer.versions.value(self.node)
+
+    def __getattr__(self, name: str) -> ConcolicAttribute:
+        return ConcolicAttribute(self, name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.set_item(self, index, value)
 
     def __len__(self) -> int:
         return len(self._value)
@@ -54,21 +72,50 @@ class ConcolicProxy(fx.Proxy):
         return id(self)
 
 
+def _augmented(function: Any) -> Any:
+    """`x += y` of a proxy; without it Python would take `x = x + y`, which no other name sees."""
+
+    def method(self: ConcolicProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _function in AUGMENTED:
+    setattr(ConcolicProxy, f"__{_function.__name__}__", _augmented(_function))
+
+
+class ConcolicAttribute(ConcolicProxy, fx.proxy.Attribute):
+    """`x.shape`, or `x.view` before it is called."""
+
+
+_MADE_LIKE = {"new_zeros": torch.zeros, "new_ones": torch.ones, "new_full": torch.full}
+
+
 class ConcolicTracer(fx.Tracer):
     """See the module docstring.
 
     Args:
         spec: the example call.
         leaves: modules to keep as calls although they are not from `torch.nn`.
+        in_place: modules that change their argument in the block, though not in the traced copy.
     """
 
-    def __init__(self, spec: CallSpec, leaves: frozenset[nn.Module] = frozenset()) -> None:
+    def __init__(
+        self,
+        spec: CallSpec,
+        leaves: frozenset[nn.Module] = frozenset(),
+        in_place: frozenset[nn.Module] = frozenset(),
+    ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.proxy_buffer_attributes = True
         self.spec = spec
         self.leaves = leaves
+        self.in_place = in_place
         self.values: dict[fx.Node, Any] = {}
-        self._executing = False
+        self.versions = Versions(self.values, self._emit, self._run)
+        self._changed_constants: list[Tensor] = []
+        self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self.leaves or isinstance(m, nn.MultiheadAttention):
@@ -82,7 +129,7 @@ class ConcolicTracer(fx.Tracer):
         example = self.spec.bind((), self.spec.example)
         proxies = []
         for name, value in zip(names, example, strict=True):
-            self._next_input = value
+            self._next_input = _copied(value)
             proxies.append(self.create_proxy("placeholder", name, (), {}))
 
         def run(root: nn.Module, *leaves: Any) -> Any:
@@ -93,48 +140,200 @@ class ConcolicTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> ConcolicProxy:
         return ConcolicProxy(node, self)
 
+    # -- nodes and their values --------------------------------------------------------------
+
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
     ) -> Any:
+        if kind == "call_method" and target in _MADE_LIKE and isinstance(args[0], fx.Proxy):
+            return self._made_like(target, args, kwargs)
+        change = as_change(kind, target, kwargs)
+        if change is not None:
+            return self._change(change, args)
+        if kind == "call_module" and self.root.get_submodule(target) in self.in_place:
+            return self._change_by_module(target, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         if kind == "placeholder":
             self.values[node] = self._next_input
-        elif kind != "output":
+        else:
             self.values[node] = self._execute(node)
+        self.versions.made(node)
         return proxy
 
-    def _execute(self, node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
-        self._executing = True
+    def create_arg(self, a: Any) -> Any:
+        """A proxy stands for what its tensor holds now; constants get a value."""
+        if isinstance(a, fx.Proxy):
+            return self.versions.current(a.node)
+        if isinstance(a, Tensor) and any(shares_memory(a, t) for t in self._changed_constants):
+            raise TraceError("a constant tensor is read after a computed value changed it")
+        made = super().create_arg(a)
+        if isinstance(made, fx.Node) and made not in self.values:
+            self.values[made] = self._execute(made)
+        return made
+
+    def _made_like(self, target: str, args: Any, kwargs: Any) -> Any:
+        """`x.new_zeros(size)` asks x for its type and device, which does not make it x's data."""
+        asked = {name: getattr(args[0], name) for name in ("dtype", "device")}
+        return self.create_proxy("call_function", _MADE_LIKE[target], args[1:], asked | kwargs)
+
+    def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.create_node(kind, target, args, kwargs)
+        self.values[node] = self._execute(node)
+        return node
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        self.executing = True
         try:
             with torch.no_grad():
                 return run_node(node, self.root, args, kwargs)
+        finally:
+            self.executing = False
+
+    def _execute(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        # whoever reads a parameter later sees its change in the block too
+        sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        before = [(n, t, _changes(t)) for n in sources for t in tensors_of(self.values[n])]
+        try:
+            value = self._run(node, args, kwargs)
         except Exception as error:
             raise TraceError(f"{node.format_node()} failed while tracing: {error}") from error
-        finally:
-            self._executing = False
+        for source, tensor, count in before:
+            if _changes(tensor) != count and not is_fill(node):
+                raise TraceError(f"{node.format_node()} changes {source.name} in place")
+        return value
+
+    # -- in-place operations -----------------------------------------------------------------
+
+    def set_item(self, proxy: ConcolicProxy, index: Any, value: Any) -> None:
+        """`proxy[index] = value`."""
+        if not isinstance(self.versions.value(proxy.node), Tensor):
+            raise TraceError(f"an item of {proxy.node.name}, which is no tensor, is set")
+        places, new = self.create_arg(index), self.create_arg(value)
+        now = self.versions.current(proxy.node)
+        if now.target is set_item and now.args[1:] == (places, new):
+            return  # `x[i] += y` has written through its view of x already
+        changed = self._emit("call_function", set_item, (now, places, new), {})
+        self.versions.write(proxy.node, changed)
+
+    def _change(self, change: Change, args: Any) -> Any:
+        """Make an in-place call functional; its tensor holds the result from now on."""
+        written, *others = args
+        if not isinstance(written, fx.Proxy) or not isinstance(
+            self.versions.value(written.node), Tensor
+        ):
+            return self._change_constant(change, args)
+        node = written.node
+        fresh = change.fills and self.versions.is_unread(node)
+        rest = self.create_arg(tuple(others))
+        kwargs = self.create_arg(change.kwargs)
+        now = self.versions.current(node)
+        source = (
+            self._emit("call_method", "clone", (now,), {}) if change.fills and not fresh else now
+        )
+        old = self.values[now]
+        new = self._emit(change.kind, change.target, (source, *rest), kwargs)
+        value = self.values[new]
+        if not change.fills and shares_memory(old, value):
+            self.versions.rename(node, new)
+        elif value.shape != old.shape or value.dtype != old.dtype:
+            raise TraceError(f"{new.format_node()} has another shape or type in place")
+        else:
+            self.versions.write(node, new)
+        return self.proxy(self.versions.tensor(node))
+
+    def _change_constant(self, change: Change, args: Any) -> Any:
+        """A number, or a tensor that was made without proxies: `mask += x` binds a new value."""
+        written = args[0]
+        if isinstance(written, Tensor):
+            if change.fills:
+                raise TraceError(f"{change.target} fills a constant tensor with computed values")
+            proxy = self.create_proxy(change.kind, change.target, args, change.kwargs)
+            self._changed_constants.append(written)
+            return proxy
+        return self.create_proxy(change.kind, change.target, args, change.kwargs)
+
+    def _change_by_module(self, target: str, args: Any, kwargs: Any) -> Any:
+        """A module like nn.ReLU(inplace=True): it stays, on a copy of what others read too."""
+        written = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)
+        if written is None:
+            raise TraceError(f"{target} changes a constant tensor in place")
+        unread = self.versions.is_unread(written.node)
+        old = self.versions.current(written.node)
+        new = self._emit("call_module", target, self.create_arg(args), self.create_arg(kwargs))
+        if shares_memory(self.values[old], self.values[new]):  # dropout in eval mode
+            self.versions.made(new)
+            return self.proxy(new)
+        if not unread:
+            with self.graph.inserting_before(new):
+                copied = self._emit("call_method", "clone", (old,), {})
+            new.replace_input_with(old, copied)
+        self.versions.write(written.node, new)
+        return self.proxy(self.versions.tensor(written.node))
+
+    # -- what Python asks --------------------------------------------------------------------
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._executing:
+        if self.executing:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self._executing:
+        if self.executing:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(self.values[obj.node])
+        return bool(self.versions.value(obj.node))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        value = self.values[obj.node]
+        value = self.versions.value(obj.node)
         count = value.shape[0] if isinstance(value, Tensor) else len(value)
         return iter([operator.getitem(obj, i) for i in range(count)])
 
     def keys(self, obj: fx.Proxy) -> Any:
-        return self.values[obj.node].keys()
+        return self.versions.value(obj.node).keys()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+#: calls that draw random numbers, also where none of their arguments is symbolic
+_RANDOM = frozenset(
+    "rand randn randint randperm bernoulli normal multinomial poisson rand_like randn_like "
+    "randint_like uniform random exponential".split()
+)
+
+
+class _KeepRandom(TorchFunctionMode):
+    """Random numbers that a block draws by itself stay calls; as constants they would be fixed."""
+
+    def __init__(self, tracer: ConcolicTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        leaves = pytree.tree_leaves((args, kwargs))
+        if (
+            self.tracer.executing
+            or name.rstrip("_") not in _RANDOM
+            or any(isinstance(leaf, fx.Proxy) for leaf in leaves)
+        ):
+            return func(*args, **kwargs)
+        if name.endswith("_") or torch.overrides.is_tensor_method_or_property(func):
+            raise TraceError(f"{name} draws random numbers into a constant tensor")
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
 
 
 def run_node(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -151,38 +350,6 @@ def run_node(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]
     raise TraceError(f"cannot execute {node.op} node {node}")
-
-
-_FUNCTIONAL = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-#: fill a tensor that was just made: nothing else can hold its old value
-_FILLS = frozenset("bernoulli_ uniform_ normal_ fill_ zero_ copy_ random_ exponential_".split())
-
-
-def _functionalise(graph: fx.Graph) -> None:
-    """`x += y` becomes `x + y`: a value is shared by two worlds, so nothing may change it.
-
-    Whatever read the changed value later reads the new one.
-    """
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in _FUNCTIONAL:
-            node.target = _FUNCTIONAL[node.target]
-        elif node.op == "call_method" and node.target.endswith("_") and node.target not in _FILLS:
-            plain = node.target.rstrip("_")
-            if node.target.startswith("_") or not hasattr(Tensor, plain):
-                continue
-            node.target = plain
-        else:
-            continue
-        changed = node.args[0]
-        if isinstance(changed, fx.Node):
-            for user in list(changed.users):
-                if user > node:
-                    user.replace_input_with(changed, node)
 
 
 @dataclass
@@ -224,6 +391,64 @@ def _childless(root: nn.Module) -> frozenset[nn.Module]:
     return frozenset(m for m in root.modules() if not any(m.children()) and m is not root)
 
 
+def _make_functional(root: nn.Module) -> frozenset[nn.Module]:
+    """Switch `inplace` off in a copy, so that running its nodes changes no value of the trace.
+
+    Returns:
+        the modules that had it on.
+    """
+    found = [m for m in root.modules() if getattr(m, "inplace", False) is True]
+    for module in found:
+        module.inplace = False  # type: ignore[assignment]
+    return frozenset(found)
+
+
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def _tensor_dicts(root: nn.Module) -> list[dict[Any, Any]]:
+    """Plain dictionaries of tensors that modules keep besides parameters and buffers."""
+    return [
+        value
+        for module in root.modules()
+        for name, value in vars(module).items()
+        if name not in _OWN_ATTRIBUTES
+        and isinstance(value, dict)
+        and value
+        and all(isinstance(v, Tensor) and not isinstance(v, nn.Parameter) for v in value.values())
+    ]
+
+
+def _has_caches(block: nn.Module, spec: CallSpec) -> bool:
+    """Whether the block gives the same without what its dictionaries of tensors hold.
+
+    They are caches then, and reading them would fix what is a function of parameters.
+    """
+    outputs = []
+    for forget in (False, True):
+        probe = shadow(block).eval() or block
+        for held in _tensor_dicts(probe) if forget else []:
+            held.clear()
+        try:
+            outputs.append(tensors_of(probe(**pytree.tree_map(_copied, spec.example))))
+        except Exception:  # whatever misses them
+            return False
+    pairs = zip(*outputs, strict=True)
+    return all(torch.allclose(a, b, equal_nan=True) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def _wrapped_functions(opaque: bool) -> Iterator[None]:
+    """Functions that users marked with `torch.fx.wrap`: traced through, or nodes as they asked."""
+    kept = {
+        key: scope
+        for key, scope in _symbolic_trace._wrapped_fns_to_patch.items()
+        if opaque or str(scope.get("__name__")).split(".")[0] == "torch"
+    }
+    with mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, kept, clear=True):
+        yield
+
+
 def trace(block: nn.Module, spec: CallSpec, training: bool) -> Trace:
     """Trace `block` as `spec` calls it.
 
@@ -235,21 +460,40 @@ def trace(block: nn.Module, spec: CallSpec, training: bool) -> Trace:
         TraceError: with the operation that could not be traced.
     """
     error: Exception | None = None
-    for keep_custom in (False, True):
-        root = shadow(block).train(training)
-        tracer = ConcolicTracer(spec, _childless(root) if keep_custom else frozenset())
+    for opaque in (False, True):
         try:
-            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-                graph = tracer.trace(root)
+            return _trace_copy(block, spec, training, opaque)
         except Exception as found:  # any user code may raise anything while traced
             error = error or found
-            continue
-        _functionalise(graph)
-        names = {n for n, _ in root.named_parameters(remove_duplicate=False)}
-        names |= {n for n, _ in root.named_buffers(remove_duplicate=False)}
-        constants = {}
-        for node in graph.nodes:
-            if node.op == "get_attr" and node.target not in names:
-                constants[str(node.target)] = run_node(node, root, (), {})
-        return Trace(graph, root, spec, tracer.values, constants)
     raise TraceError(f"cannot be traced: {type(error).__name__}: {error}")
+
+
+def _trace_copy(block: nn.Module, spec: CallSpec, training: bool, opaque: bool) -> Trace:
+    """One attempt; `opaque` keeps custom modules and wrapped functions as calls."""
+    root = shadow(block)
+    root.train(training)
+    in_place = _make_functional(root)
+    leaves = _childless(root) if opaque else frozenset()
+    tracer = ConcolicTracer(spec, leaves, in_place)
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        if _tensor_dicts(root) and _has_caches(block, spec):
+            for held in _tensor_dicts(root):
+                held.clear()
+        with _wrapped_functions(opaque), _KeepRandom(tracer):
+            graph = tracer.trace(root)
+    _drop_unread(graph)
+    names = {n for n, _ in root.named_parameters(remove_duplicate=False)}
+    names |= {n for n, _ in root.named_buffers(remove_duplicate=False)}
+    constants = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in names:
+            constants[str(node.target)] = run_node(node, root, (), {})
+    return Trace(graph, root, spec, tracer.values, constants)
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """Remove what was written into bases that nothing reads afterwards."""
+    for node in reversed(graph.nodes):
+        if node.target is set_item and not node.users:
+            graph.erase_node(node)

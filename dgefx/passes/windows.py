@@ -51,6 +51,15 @@ class Partition:
             found.append((window, tokens[window].index(token)))
         return found[0][0], found[1][0], found[0][1], found[1][1]
 
+    def numbers(self, images: int) -> Tensor:
+        """(images, window rows, window columns, slot rows, slot columns): 1 + image * H * W +
+        token, 0 in padding."""
+        row, column = torch.tensor(self.rows), torch.tensor(self.columns)
+        down, right = row[:, None, :, None], column[None, :, None, :]
+        first = torch.arange(images).view(-1, 1, 1, 1, 1) * (self.grid[0] * self.grid[1])
+        tokens = first + down * self.grid[1] + right + 1
+        return torch.where((down < 0) | (right < 0), 0, tokens)
+
 
 def read_partition(
     numbers: Tensor, images: int, grid: tuple[int, int], slots: set[int]

@@ -49,6 +49,11 @@ class Worlds:
     main: frozenset[Node]  # context nodes on the way to a pooled one
 
     @property
+    def asking(self) -> frozenset[Node]:
+        """Nodes that have a value in the query world."""
+        return self.query | self.pooled
+
+    @property
     def output_is_dense(self) -> bool:
         """Whether the output is a value of the context."""
         return self.output not in self.query
@@ -62,7 +67,7 @@ class Worlds:
         found: list[tuple[Node, bool]] = []
 
         def pick(source: Node, crosses: bool) -> Node:
-            found.append((source, crosses or source not in self.query))
+            found.append((source, crosses or source not in self.asking))
             return source
 
         map_sources(node, self.edges, pick)
@@ -181,16 +186,14 @@ class _Walk:
         return node in self.sized and not carries_tensor(self.trace.values.get(node))
 
     def _enter(self, node: Node, asked: set[Node], of_view: bool) -> None:
+        if self._is_size(node):
+            if not self._is_plain(node, of_view and asked is self.query):
+                self.front.append((node, asked))
+            elif node not in self.query and node not in self.context:
+                self.deferred.append(node)
+            return
         if asked is self.query:
-            if self._is_size(node):
-                value = self.trace.values[node]
-                plain = isinstance(value, (torch.dtype, torch.device)) or (
-                    isinstance(value, int) and (of_view or value not in self.token_counts)
-                )
-                if plain and node not in self.query:
-                    self.deferred.append(node)
-                    return
-            elif node not in self.data:
+            if node not in self.data:
                 asked = self.context
             elif self._replaces_stream(node):
                 self.pooled.add(node)
@@ -204,6 +207,21 @@ class _Walk:
             self.materialised.add(node)
             asked = self.query
         self.front.append((node, asked))
+
+    def _is_plain(self, node: Node, of_view: bool) -> bool:
+        """Whether a size is the same in both worlds, or not looked at (that of a view)."""
+        value = self.trace.values[node]
+        return isinstance(value, (torch.dtype, torch.device)) or (
+            isinstance(value, int) and (of_view or value not in self.token_counts)
+        )
+
+    def _settle(self, size: Node) -> None:
+        """Read a plain size where its tensors are computed anyway."""
+        tensors = _tensors_behind(self.trace, self.flow, size)
+        if size in self.query or size in self.context:
+            return
+        in_query = not tensors <= self.context and tensors <= self.query | self.pooled
+        self.front.append((size, self.query if in_query else self.context))
 
     def _visit_sources(self, node: Node, world: set[Node]) -> None:
         # a view's sizes along the token axes are replaced, its other sizes are those of the context
@@ -233,10 +251,8 @@ class _Walk:
         self._start()
         while self.front or self.deferred:
             if not self.front:
-                size = self.deferred.pop()
-                tensors = _tensors_behind(self.trace, self.flow, size)
-                in_context = tensors <= self.context and size not in self.query
-                self.front.append((size, self.context if in_context else self.query))
+                self._settle(self.deferred.pop())
+                continue
             node, world = self.front.pop()
             if node not in world:
                 world.add(node)
