@@ -7,14 +7,14 @@ scatter only: nothing here depends on the data except values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 #: up to so many regions, comparing all pairs is cheaper than sorting (and fuses with its readers)
-_PAIRS_LIMIT = 400
+_PAIRS_LIMIT = 144
 
 
 def _ranked(gain: Tensor) -> Tensor:
@@ -48,13 +48,24 @@ def _take_within(gain: Tensor, free: Tensor, cost: Tensor, capacity: int) -> Ten
 
     Three passes: after the best prefix, smaller (clipped) regions may still fill what is left.
     """
-    taken = torch.zeros_like(free)
-    left = torch.full((gain.shape[0], 1), capacity, device=gain.device)
+    price = torch.where(free, cost, 0)
+    if gain.shape[1] <= _PAIRS_LIMIT:
+        return _fill(price, capacity, lambda values: _running_total(values, gain))
+    # sorted once for all passes
+    order = gain.argsort(dim=1, descending=True, stable=True)
+    taken = _fill(price.gather(1, order), capacity, lambda values: values.cumsum(1))
+    return torch.zeros_like(taken).scatter(1, order, taken)
+
+
+def _fill(price: Tensor, capacity: int, running: Callable[[Tensor], Tensor]) -> Tensor:
+    """See `_take_within`; `running` sums over a region and all that come before it."""
+    taken = torch.zeros_like(price, dtype=torch.bool)
+    left = torch.full((price.shape[0], 1), capacity, device=price.device)
     for _ in range(3):
-        price = torch.where(free & ~taken & (cost <= left), cost, 0)
-        chosen = (price > 0) & (_running_total(price, gain) <= left)
+        open_price = torch.where(taken | (price > left), 0, price)
+        chosen = (open_price > 0) & (running(open_price) <= left)
         taken = taken | chosen
-        left = left - torch.where(chosen, price, 0).sum(1, keepdim=True)
+        left = left - torch.where(chosen, open_price, 0).sum(1, keepdim=True)
     return taken
 
 
@@ -140,7 +151,7 @@ class Slots(NamedTuple):
     patches: per level the patch ids in its slots, (B, capacity) or None; slots past the chosen
         patches hold patch 0, their result is never read.
     token_slot: (B, N) the slot of every token's patch, counted over all levels.
-    patch_slot: (B, patches of the levels with slots) the slot of every patch, 0 where it has none.
+    patch_slot: (B, patches of the levels with slots) the slot of every patch, -1 where it has none.
     """
 
     patches: tuple[Tensor | None, ...]
@@ -198,4 +209,4 @@ def assign_slots(
         stop = offset + capacities[level]
         patches[level] = (table[:, offset:stop] - start).clamp(min=0)
         start, offset = start + count, stop
-    return Slots(tuple(patches), slot.gather(1, rows), torch.where(chosen, slot, 0))
+    return Slots(tuple(patches), slot.gather(1, rows), torch.where(chosen, slot, -1))

@@ -1,9 +1,11 @@
-"""Queries in their windows: between the packed queries of an image and fixed slots per window.
+"""Queries in their windows: between the packed queries of an image and slots per window.
 
-Every patch that a window can hold, of every level in use, has a fixed slot in it (7 x 7 tokens
-with sides 1, 2, 4: 49 + 16 + 4). So masks and position tables are static, and attention of all
-windows is one dense batched call whose idle rows are never read. Everything that is tokenwise runs
-on the packed queries, which are fewer.
+Every window has the same number of slots, so attention of all windows is one dense batched call
+whose idle rows are never read. A table (position bias, mask) has a row for every patch that a
+window can hold, of every level in use (7 x 7 tokens with sides 1, 2, 4: 49 + 16 + 4 rows). Patches
+that are chosen do not overlap, so 49 slots hold them, and every slot reads its row; blocks whose
+tables meet queries otherwise than by broadcasting have a fixed slot for every row instead.
+Everything that is tokenwise runs on the packed queries, which are fewer.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dgefx.kernels.pool import Places, patch_sums
@@ -22,9 +25,9 @@ class WindowTables(NamedTuple):
     """What is fixed for one window, and for one grid of them. P patches of an image at a level, p
     of a window (none of them empty in every window); lists have an entry per level."""
 
-    places: Places  # of the slots of one window
-    local: list[Tensor]  # (p,) patch id, within a window, of every slot of the level
-    counts: list[Tensor]  # (p,) slots of the window in each of them
+    places: Places  # of the tokens of one window
+    local: list[Tensor]  # (p,) patch id, within a window, of every row of the level
+    counts: list[Tensor]  # (p,) tokens of the window in each of them, padding counted
     members: list[Tensor]  # (windows, p) patch id, within the image
     window: list[Tensor]  # (P,) window of every patch
     number: list[Tensor]  # (P,) its number among the p
@@ -34,7 +37,8 @@ class WindowSlots(NamedTuple):
     """Where the queries of one call are. S slots per window, w windows per image."""
 
     query: Tensor  # (B, w * S) packed query in every slot; any, where the slot is idle
-    slot: Tensor  # (B, slots) fixed slot of every packed query
+    slot: Tensor  # (B, slots) place among w * S of every packed query
+    row: Tensor | None  # (B, w * S) table row of every slot; None: slots are rows
     total: int  # S
     windows: tuple[int, int]  # rows, columns; w = rows * columns
     size: tuple[int, int]  # rows, columns of tokens in a window
@@ -50,26 +54,55 @@ def window_slots(
     windows: tuple[int, int],
     size: tuple[int, int],
     sides: tuple[int, ...],
+    fixed: bool,
 ) -> WindowSlots:
-    """The fixed slots of one routing.
+    """The slots of one routing.
 
     Args:
         patches, patch_slot: see `dgefx.kernels.allocate.Slots`.
+        fixed: a slot for every row, see the module docstring.
     """
     levels = tuple(level for level, ids in enumerate(patches) if ids is not None)
-    total = sum(tables.local[level].shape[0] for level in levels)
-    columns, slots = [], []
+    rows = sum(tables.local[level].shape[0] for level in levels)
+    columns, places = [], []
     start = offset = 0
     for level in levels:
-        columns.append(tables.members[level] + start)
-        place = tables.window[level] * total + tables.number[level] + offset
+        # a slot of padding points past all patches
+        members = tables.members[level]
+        columns.append(torch.where(members < 0, patch_slot.shape[1], members + start))
+        place = tables.window[level] * rows + tables.number[level] + offset
         ids = patches[level]
         assert ids is not None
-        slots.append(place[ids])
+        places.append(place[ids])
         start += tables.window[level].shape[0]
         offset += tables.local[level].shape[0]
-    query = patch_slot[:, torch.cat(columns, 1).flatten()]
-    return WindowSlots(query, torch.cat(slots, 1), total, windows, size, levels, sides, tables)
+    place = torch.cat(places, 1)  # (B, slots) among w * rows
+    known = F.pad(patch_slot, (0, 1), value=-1)
+    query = known[:, torch.cat(columns, 1).flatten()]  # (B, w * rows)
+    count = size[0] * size[1]
+    if fixed or rows <= count:
+        query = query.clamp(min=0)
+        return WindowSlots(query, place, None, rows, windows, size, levels, sides, tables)
+    active = query.view(query.shape[0], -1, rows) >= 0
+    rank = active.long().cumsum(2) - 1
+    window = torch.arange(active.shape[1], device=query.device)[:, None]
+    target = (window * count + rank).flatten(1)
+    held = active.shape[1] * count
+    # one scatter for both: which query, and which row
+    packed = query * rows + torch.arange(rows, device=query.device).repeat(active.shape[1])
+    table = torch.zeros((query.shape[0], held + 1), dtype=torch.int64, device=query.device)
+    table = table.scatter(1, torch.where(active.flatten(1), target, held), packed)[:, :held]
+    return WindowSlots(
+        table // rows,
+        target.gather(1, place).clamp(min=0),  # idle queries read any slot
+        table % rows,
+        count,
+        windows,
+        size,
+        levels,
+        sides,
+        tables,
+    )
 
 
 class WindowAxes(NamedTuple):
@@ -92,7 +125,7 @@ AxesLike = tuple[int, bool, int, tuple[int, ...], tuple[int, ...]]
 
 
 def to_slots(value: Tensor, slots: WindowSlots, axes: AxesLike) -> Tensor:
-    """Packed queries to fixed slots.
+    """Packed queries to slots.
 
     Args:
         value: images (times `inner`) on the batch axis, 1 on window axes, queries on the first
@@ -174,13 +207,13 @@ def image_count(tokens: Tensor, inner: int) -> int:
 
 
 def lead_count(tokens: Tensor, slots: WindowSlots, merged: bool, inner: int) -> int:
-    """Size of the image axis of a value in fixed slots."""
+    """Size of the image axis of a value in slots."""
     windows = slots.windows[0] * slots.windows[1] if merged else 1
     return tokens.shape[0] * windows * inner
 
 
 def slot_count(slots: WindowSlots) -> int:
-    """Fixed slots per window."""
+    """Slots per window."""
     return slots.total
 
 
@@ -239,14 +272,14 @@ def _arrange(
     return value.permute(order).reshape(shape)
 
 
-def pool_slots(table: Tensor, slots: WindowSlots, axes: tuple[int, ...]) -> Tensor:
-    """A constant with an entry per slot of a window, for every fixed slot: the mean over its patch.
+def pool_rows(table: Tensor, slots: WindowSlots, axes: tuple[int, ...]) -> Tensor:
+    """A constant with an entry per token of a window, for every row: the mean over its patch.
 
     Args:
-        table: window slots on `axes` (one axis, or rows and columns).
+        table: the window's tokens on `axes` (one axis, or rows and columns).
 
     Returns:
-        S on the first of `axes`, 1 on the second.
+        Rows on the first of `axes`, 1 on the second.
     """
     boolean = table.dtype == torch.bool
     value = table.float() if boolean else table
@@ -273,8 +306,51 @@ def pool_slots(table: Tensor, slots: WindowSlots, axes: tuple[int, ...]) -> Tens
     return pooled > 0.5 if boolean else pooled
 
 
+def pool_slots(table: Tensor, slots: WindowSlots, axes: AxesLike, rank: int) -> Tensor:
+    """A constant for every slot, to be broadcast with a value in slots.
+
+    Args:
+        table: broadcastable to the value, with an entry per token of a window.
+        axes: of the value, which has `rank` axes.
+    """
+    axes = WindowAxes(*axes)
+    table = table.reshape((1,) * (rank - table.dim()) + tuple(table.shape))
+    pooled = pool_rows(table, slots, axes.slots)
+    if slots.row is None:
+        return pooled
+    windows = slots.windows[0] * slots.windows[1]
+    # every axis for itself: images, windows, heads on the image axis; 1 where the table has none
+    lead = pooled.shape[axes.batch]
+    inner = axes.inner if lead % axes.inner == 0 and lead > 1 else 1
+    own = windows if axes.merged and lead > inner else 1
+    pooled = pooled.unflatten(axes.batch, (lead // (own * inner), own, inner))
+    moved = [a + 2 if a > axes.batch else a for a in range(rank)]
+    apart = [moved[a] for a in axes.windows]
+    rest = [moved[a] for a in range(rank) if a not in (axes.batch, *axes.windows, *axes.slots)]
+    order = [axes.batch, axes.batch + 1, *apart, moved[axes.slots[0]], axes.batch + 2, *rest]
+    order += [moved[a] for a in axes.slots[1:]]
+    flat = pooled.permute(order)
+    flat = flat.flatten(1, 1 + len(apart))  # (images or 1, windows or 1, rows, inner or 1, rest)
+    images, count, rows = flat.shape[:3]
+    kept = flat.shape[3 : 4 + len(rest)]
+    batch = slots.row.shape[0]
+    index = slots.row.view(batch, windows, slots.total)
+    if count > 1:
+        index = index + (torch.arange(windows, device=index.device) * rows)[:, None]
+    if images > 1:
+        index = index + (torch.arange(batch, device=index.device) * count * rows)[:, None, None]
+    entries = flat.reshape(images * count * rows, -1).index_select(0, index.flatten())
+    names = ["inner"] + ["rest"] * len(rest)
+    shaped = entries.view(batch, windows, slots.total, *kept)
+    if axes.inner == 1:
+        shaped, names = shaped.squeeze(3), names[1:]
+    else:
+        shaped = shaped.expand(-1, -1, -1, axes.inner, *kept[1:])
+    return _arrange(shaped, names, slots.windows, slots.total, axes)
+
+
 def pool_line(table: Tensor, slots: WindowSlots, place: tuple[int, int]) -> Tensor:
-    """As `pool_slots`, of a table with an entry per slot row, or per slot column.
+    """As `pool_rows`, of a table with an entry per slot row, or per slot column.
 
     Args:
         place: (axis of the table, 0 for rows or 1 for columns).
@@ -284,4 +360,4 @@ def pool_line(table: Tensor, slots: WindowSlots, place: tuple[int, int]) -> Tens
     rows, columns = slots.size
     shape = (rows, columns, *entries.shape[1:])
     spread = entries.unsqueeze(1 - line).expand(shape)
-    return pool_slots(spread, slots, (0, 1)).squeeze(1).movedim(0, axis)
+    return pool_rows(spread, slots, (0, 1)).squeeze(1).movedim(0, axis)

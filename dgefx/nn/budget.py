@@ -28,16 +28,16 @@ _DEPTH = 5.0
 class BlockCost:
     """MACs of one block for the whole example batch, and the plans it can choose from.
 
-    Linear in the slots and, inside windows, in the fixed slots.
+    Linear in the queries and, inside windows, in the slots that hold them.
     """
 
     dense: int
     finest: int
     coarsest: int
     plans: tuple[Plan, ...]
-    #: of attention inside windows, which has fixed slots for every patch of the levels in use:
-    fixed_slots: tuple[int, ...] = ()  # such slots per level
-    fixed_macs: float = 0.0  # MACs of each of them
+    #: of attention inside windows, whose slots depend on the levels in use only:
+    slot_macs: float = 0.0  # MACs of each slot
+    slots: tuple[tuple[tuple[bool, ...], int], ...] = ()  # per set of levels in use, the slots
 
     def macs(self, plan: Plan) -> float:
         """MACs of the converted block with `plan`, without a correction."""
@@ -45,12 +45,14 @@ class BlockCost:
         if low.slots == high.slots:
             return float(self.finest)
         share = (plan.slots - low.slots) / (high.slots - low.slots)
-        bottom = self.coarsest - self._fixed(low)
-        return bottom + (self.finest - self._fixed(high) - bottom) * share + self._fixed(plan)
+        bottom = self.coarsest - self._in_windows(low)
+        top = self.finest - self._in_windows(high)
+        return bottom + (top - bottom) * share + self._in_windows(plan)
 
-    def _fixed(self, plan: Plan) -> float:
-        used = zip(self.fixed_slots, plan.capacities, strict=False)
-        return self.fixed_macs * sum(slots for slots, capacity in used if capacity)
+    def _in_windows(self, plan: Plan) -> float:
+        if not self.slots:
+            return 0.0
+        return self.slot_macs * dict(self.slots)[tuple(c > 0 for c in plan.capacities)]
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,11 @@ def plans(grid: Grid, config: DGEConfig) -> tuple[Plan, ...]:
         return tuple(sorted(set(pure), key=lambda plan: plan.slots))
     regions = region_count(grid, config.region_side)
     costs = [patch_count(grid, side) / regions for side in config.granularities]
-    found = {pure[0].slots: pure[0], pure[-1].slots: pure[-1]}
+    # the finest last: where patches hold one token each, it is the only plan
+    found = {pure[-1].slots: pure[-1], pure[0].slots: pure[0]}
     if regions <= _FEW_REGIONS:  # mixtures of so few regions leave wide gaps
-        found.update({plan.slots: plan for plan in pure})
+        for plan in pure:
+            found.setdefault(plan.slots, plan)
     for step in range(1, _STEPS):
         mean = costs[-1] + (costs[0] - costs[-1]) * step / _STEPS
         plan = plan_from_fractions(grid, config, _mixture(costs, mean))

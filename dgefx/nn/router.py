@@ -74,6 +74,7 @@ class Router(nn.Module):
         plan: slots per level at the converted size.
         order: the block's own layout of the stream, for those who look at its output.
         windows: how the block's attention partitions the grid, if it does.
+        fixed_slots: whether its windows need a slot for every patch, see `dgefx.kernels.window`.
 
     Attributes:
         importance: (C,) or None; fitted by `dgefx.calibrate`, weighs the detail of a region.
@@ -93,9 +94,11 @@ class Router(nn.Module):
         plan: Plan,
         order: str = "BNC",
         windows: WindowRule | None = None,
+        fixed_slots: bool = False,
     ) -> None:
         super().__init__()
         self.windows = windows
+        self.has_fixed_slots = fixed_slots
         self.channels = channels
         self.order = order
         self.config = config
@@ -163,14 +166,22 @@ class Router(nn.Module):
         shape = (space.rows.side, space.columns.side)
         return from_tensors(self._window_tensors(space, device), shape, self.config.levels)
 
-    def fixed_slots(self) -> tuple[int, ...]:
-        """Per level, the fixed slots of all windows at the converted size."""
-        space = self.space(self.grid)
+    def attention_slots(self, plan: Plan) -> int:
+        """Slots of all windows of an image under `plan`, at the converted size; 0 without them."""
+        space = self._space
         if not isinstance(space, Tiling):
-            return ()
-        windows = space.windows[0] * space.windows[1]
-        tables = self._slot_tables(space, self.device)
-        return tuple(windows * local.numel() for local in tables.local)
+            return 0
+        rows = [
+            table.numel()
+            for table, used in zip(
+                self._slot_tables(space, self.device).local, plan.capacities, strict=True
+            )
+            if used
+        ]
+        per_window = sum(rows)
+        if not self.has_fixed_slots:
+            per_window = min(per_window, len(space.rows.places) * len(space.columns.places))
+        return per_window * space.windows[0] * space.windows[1]
 
     def _existing(self, grid: tuple[int, int], device: torch.device) -> list[Tensor | None]:
         """Per level, which patches hold tokens; None where all do."""
@@ -479,7 +490,9 @@ class Router(nn.Module):
         if isinstance(space, Tiling):
             found = self._slot_tables(space, tokens.device)
             size = (len(space.rows.places), len(space.columns.places))
-            windows = window_slots(found, patches, patch_slot, space.windows, size, sides)
+            windows = window_slots(
+                found, patches, patch_slot, space.windows, size, sides, self.has_fixed_slots
+            )
         means = [tokens[:, :0]]
         for level, side in enumerate(sides[1:], 1):
             count = side**2 if divides(space, side) else tables[level].patch_tokens

@@ -53,14 +53,14 @@ def _raster(rows: Tensor, columns: Tensor, width: int) -> Tensor:
 
 
 def _token_level(tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
-    """(members, window, index) of the level of single tokens; padding has token 0 in its place."""
+    """(members, window, index) of the level of single tokens; padding is -1."""
     (row_window, row_slot), (column_window, column_slot) = (
         _token_slots(axis) for axis in (tiling.rows, tiling.columns)
     )
     slots = (len(tiling.rows.places), len(tiling.columns.places))
     window = _raster(row_window, column_window, tiling.windows[1])
     index = _raster(row_slot, column_slot, slots[1])
-    members = torch.zeros(tiling.windows[0] * tiling.windows[1], slots[0] * slots[1]).long()
+    members = torch.full((tiling.windows[0] * tiling.windows[1], slots[0] * slots[1]), -1)
     members[window, index] = torch.arange(window.numel())
     return members, window, index
 

@@ -38,16 +38,20 @@ def axis_map(kind: str, window: int, shift: int, pad_first: bool, length: int) -
     return tuple(tuple(line[i * window : (i + 1) * window]) for i in range(count))
 
 
-def borders_of(tokens: AxisMap) -> tuple[int, ...]:
+def usual_step(tokens: AxisMap) -> int:
+    """From slot to slot, the most common distance in the image."""
+    steps = [b - a for line in tokens for a, b in pairwise(line) if b > a >= 0]
+    return max(sorted(set(steps)), key=steps.count) if steps else 1
+
+
+def borders_of(tokens: AxisMap, step: int) -> tuple[int, ...]:
     """Slots at which, in some window, the image does not continue: a roll's seam, padding."""
-    steps = [b - a for line in tokens for a, b in pairwise(line) if a >= 0 and b >= 0]
-    usual = max(set(steps), key=steps.count) if steps else 1
     return tuple(
         slot
         for slot in range(1, len(tokens[0]))
         if any(
             (line[slot - 1] < 0) != (line[slot] < 0)
-            or (line[slot] >= 0 and line[slot] - line[slot - 1] != usual)
+            or (line[slot] >= 0 and line[slot] - line[slot - 1] != step)
             for line in tokens
         )
     )
@@ -68,10 +72,14 @@ class AxisTiling:
     length: int
 
     @classmethod
-    def of(cls, tokens: AxisMap, unit: int, cuts: tuple[int, ...] = ()) -> AxisTiling:
+    def of(cls, tokens: AxisMap, unit: int, step: int, cuts: tuple[int, ...] = ()) -> AxisTiling:
         """Cut at every border, and before the slots `cuts`; each piece starts at a multiple of
-        `unit`, the coarsest side."""
-        borders = (*sorted({*borders_of(tokens), *cuts}), len(tokens[0]))
+        `unit`, the coarsest side.
+
+        Args:
+            step: distance in the image from slot to slot.
+        """
+        borders = (*sorted({*borders_of(tokens, step), *cuts}), len(tokens[0]))
         places: list[int] = []
         side = 0
         for first, last in pairwise((0, *borders)):
@@ -191,6 +199,12 @@ class WindowRule:
         )
         return rows, columns
 
+    def step(self, tokens: AxisMap) -> int:
+        """Distance in the image from slot to slot of one of `maps`."""
+        if self.fixed is not None:
+            return usual_step(tokens)
+        return len(tokens) if self.kind == "grid" and self.size is not None else 1
+
     def tiling(self, grid: tuple[int, int], unit: int) -> Tiling:
         """The tiling of `grid` for patches of sides up to `unit`."""
         return _tiling(self, (int(grid[0]), int(grid[1])), unit)
@@ -199,7 +213,7 @@ class WindowRule:
 @functools.lru_cache(maxsize=128)
 def _tiling(rule: WindowRule, grid: tuple[int, int], unit: int) -> Tiling:
     rows, columns = (
-        AxisTiling.of(tokens, unit, cuts)
+        AxisTiling.of(tokens, unit, rule.step(tokens), cuts)
         for tokens, cuts in zip(rule.maps(grid), rule.cuts, strict=True)
     )
     return Tiling(rows, columns)

@@ -6,6 +6,7 @@ Feeds the budget solver. One multiply-accumulate is two of the counter's operati
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,18 +56,22 @@ def block_cost(dense: nn.Module, converted: DGEBlock, call: Call, config: DGECon
         router.plan = plan
         return count_macs(converted, *call)
 
+    coarsest, finest = counted(low), 0
+    price, slots = 0.0, {}
     mixed = [plan for plan in choices if all(plan.capacities)]
-    fixed: tuple[int, ...] = ()
-    price = 0.0
-    coarsest = counted(low)
     if router.windows is not None and mixed:
+        uses = itertools.product((False, True), repeat=config.levels)
+        slots = {use: router.attention_slots(Plan(tuple(map(int, use)))) for use in uses}
         middle = mixed[len(mixed) // 2]
-        fixed = router.fixed_slots()
         between = counted(middle)
     finest = counted(high)
-    if fixed:
-        # macs = a + b * slots + price * fixed slots, of three plans
+    if slots:
+        # macs = a + b * queries + price * slots, of three plans
+        below, above, within = (
+            slots[tuple(c > 0 for c in plan.capacities)] for plan in (low, high, middle)
+        )
         share = (middle.slots - low.slots) / (high.slots - low.slots)
-        extra = sum(fixed) - fixed[-1] - share * (fixed[0] - fixed[-1])
-        price = (between - coarsest - share * (finest - coarsest)) / extra
-    return BlockCost(count_macs(dense, *call), finest, coarsest, tuple(choices), fixed, price)
+        extra = within - below - share * (above - below)
+        price = (between - coarsest - share * (finest - coarsest)) / extra if extra else 0.0
+    known = tuple(slots.items())
+    return BlockCost(count_macs(dense, *call), finest, coarsest, tuple(choices), price, known)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dgefx.kernels.window import WindowAxes
-from dgefx.nn.windows import WindowRule, borders_of
+from dgefx.nn.windows import WindowRule, borders_of, usual_step
 from dgefx.passes.cores import map_sources
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import MOVEMENT, op_name
@@ -418,7 +418,8 @@ class FormFinder:
         if form.merged:
             value = value.unflatten(0, (-1, count, form.inner)).transpose(0, 1).movedim(2, 1)
             value = value.movedim(3, 1)
-        known = borders_of(self.partition.rows), borders_of(self.partition.columns)
+        maps = self.partition.rows, self.partition.columns
+        known = [borders_of(tokens, usual_step(tokens)) for tokens in maps]
         found = mask_cuts(value, self.partition.size)
         rows, columns = (
             tuple(sorted(new.union(old) - set(border)))

@@ -39,6 +39,7 @@ class BlockPlan:
     hook_source: str | None  # module that reports the running grid, if its output does
     exact_at_any_level: bool  # on patch-constant input: no positional tables, stencils, islands
     windows: WindowRule | None  # how its attention partitions the grid
+    fixed_slots: bool  # see `dgefx.kernels.window`
 
     def space(self, config: DGEConfig) -> Grid:
         """What the block's patch hierarchy is built on, at the converted size."""
@@ -103,6 +104,7 @@ def plan_block(
         hook_source=layout.source,
         exact_at_any_level=not (evaluated.positional or evaluated.mixing),
         windows=evaluated.windows,
+        fixed_slots=evaluated.fixed_slots or trained.fixed_slots,
     )
 
 
@@ -117,7 +119,14 @@ def build_block(
     chosen = plans(plan.space(config), config)[-1] if capacities is None else capacities
     layout = plan.layout
     router = Router(
-        config, layout.grid, layout.prefix, plan.channels, chosen, layout.order, plan.windows
+        config,
+        layout.grid,
+        layout.prefix,
+        plan.channels,
+        chosen,
+        layout.order,
+        plan.windows,
+        plan.fixed_slots,
     )
     router.train(dense.training)
     parameter = next(dense.parameters(), None)

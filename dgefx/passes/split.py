@@ -36,6 +36,7 @@ from dgefx.kernels.window import (
     image_count,
     lead_count,
     pool_line,
+    pool_rows,
     pool_slots,
     repack,
     slot_count,
@@ -60,7 +61,8 @@ class SplitBlock:
     """The rewritten graph, and what it needs besides the block itself.
 
     positional: whether tables with a query axis take part. mixing: whether stencils or islands do.
-    windows: how the block partitions the grid, None if it does not.
+    windows: how the block partitions the grid, None if it does not. fixed_slots: whether a table
+    meets queries otherwise than by broadcasting, see `dgefx.kernels.window`.
     """
 
     graph: fx.Graph
@@ -69,6 +71,7 @@ class SplitBlock:
     positional: bool
     mixing: bool
     windows: WindowRule | None
+    fixed_slots: bool
 
 
 class _Moving:
@@ -151,7 +154,7 @@ class _Splitter:
         self.uses_windows = finder.windowed or bool(self.in_slots)
         self.context: dict[fx.Node, Any] = {}
         self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
-        self.positional = self.mixing = self.needs_grid_shape = False
+        self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
         self.constant_names: dict[str, str] = {}
 
     # -- prologue, walk, epilogue ------------------------------------------------------------
@@ -190,6 +193,7 @@ class _Splitter:
             self.positional,
             self.mixing,
             self.finder.window_rule() if self.uses_windows else None,
+            self.fixed_slots,
         )
 
     def _prologue(self) -> None:
@@ -559,7 +563,8 @@ class _Splitter:
             self.positional = True
             if slots:
                 self.finder.note_table(self.trace.values[original], form, axes, rank)
-                return self.graph.call_function(pool_slots, (emitted, self.windows, tuple(axes)))
+                place: Any = tuple(form.window_axes)
+                return self.graph.call_function(pool_slots, (emitted, self.windows, place, rank))
             if form.batch is None:
                 raise Refused(f"{node.name}: images and heads are merged where a table is added")
             return self.graph.call_function(
@@ -585,18 +590,18 @@ class _Splitter:
         own = labels[list(node.args[1:]).index(tokens)]
         first = own[form.axes[0]]
         for index in tables:
-            self.positional = True
+            self.positional = self.fixed_slots = True
             axes = [labels[index].index(own[a]) for a in form.axes if own[a] in labels[index]]
             lines = [n for n, a in enumerate(form.axes) if own[a] in labels[index]]
             if len(axes) == len(form.axes):
                 if len(axes) == 2 and axes[1] != axes[0] + 1:
                     raise Refused(f"{node.name}: a table's rows and columns are apart")
-                kernel: Any = pool_slots
+                kernel: Any = pool_rows
                 rest: Any = tuple(axes)
             else:
                 kernel, rest = pool_line, (axes[0], lines[0])
             pooled = self.graph.call_function(kernel, (operands[index], self.windows, rest))
-            if kernel is pool_slots and len(axes) == 2:
+            if kernel is pool_rows and len(axes) == 2:
                 pooled = self.graph.call_method("squeeze", (pooled, axes[1]))
                 labels[index] = labels[index][: axes[1]] + labels[index][axes[1] + 1 :]
             operands[index] = pooled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -157,6 +157,7 @@ def test_slots_hold_the_queries_of_their_window(case: dict, axes: WindowAxes) ->
     grid = case["grid"]
     tokens = torch.randn(2, grid[0] * grid[1], axes.inner, 2, dtype=torch.float64)
     router.plan = plans(router.space(grid), router.config)[-1]
+    assume(router.plan.capacities[0] == grid[0] * grid[1])  # not a grid of single patches
     routing = router(torch.randn(2, grid[0] * grid[1], 3), grid)
     assert routing.windows is not None
     plain = WindowAxes(0, False, 1, (), (1,))
@@ -194,27 +195,52 @@ def test_slots_and_back_at_any_plan(case: dict, axes: WindowAxes) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(CASES, st.booleans())
-def test_pooled_tables_are_means_over_patches(case: dict, apart: bool) -> None:
+@given(CASES, st.booleans(), st.booleans(), st.sampled_from(["", "windows", "all"]))
+def test_pooled_tables_are_means_over_patches(
+    case: dict, apart: bool, fixed: bool, lead: str
+) -> None:
+    """Tables shared by all windows, of every window, and of every window of every image."""
     rule, router, tokens = draw(case)
+    router.has_fixed_slots = fixed
     routing = router(tokens, case["grid"])
     slots = routing.windows
     assert slots is not None
     tall, wide = slots.size
-    table = torch.randn(3, tall, wide, 2, dtype=torch.float64)
-    given_table = table if apart else table.flatten(1, 2)
-    pooled = pool_slots(given_table, slots, (1, 2) if apart else (1,))
-    pooled = pooled.squeeze(2) if apart else pooled
-    assert pooled.shape == (3, slots.total, 2)
+    assert fixed or slots.total <= tall * wide
+    windows = slots.windows[0] * slots.windows[1]
+    count = {"": 1, "windows": windows, "all": 2 * windows}[lead]
+    table = torch.randn(count, 3, tall, wide, 2, dtype=torch.float64)
+    given_table = table if apart else table.flatten(2, 3)
+    axes = WindowAxes(0, True, 1, (), (2, 3) if apart else (2,))
+    if lead == "windows":  # without an image axis: windows on an axis of their own
+        axes = WindowAxes(0, False, 1, (1,), tuple(a + 1 for a in axes.slots))
+    rank = given_table.dim() + (lead == "windows")
+    pooled = pool_slots(given_table, slots, axes, rank)
+    pooled = pooled.squeeze(axes.slots[1]) if apart else pooled
+    # (images, windows, 3, S, 2), images and windows 1 where they share
+    pooled = pooled.reshape(
+        -1,
+        windows
+        if pooled.shape[0] % windows == 0 and lead != "windows"
+        else pooled.shape[axes.windows[0]]
+        if axes.windows
+        else 1,
+        3,
+        slots.total,
+        2,
+    )
+    table = table.view(-1, windows if lead else 1, 3, tall, wide, 2)
     where = places(rule, case["grid"])
     for image in range(2):
         for query in routing.token_slot[image].unique().tolist():
             patch = (routing.token_slot[image] == query).nonzero().flatten().tolist()
             window = where[patch[0]][0] * slots.windows[1] + where[patch[0]][1]
-            fixed = int(slots.slot[image, query])
-            assert fixed // slots.total == window
-            mean = torch.stack([table[:, where[t][2], where[t][3]] for t in patch]).mean(0)
-            torch.testing.assert_close(pooled[:, fixed % slots.total], mean)
+            place = int(slots.slot[image, query])
+            assert place // slots.total == window
+            own = table[image % len(table), window % table.shape[1]]
+            mean = torch.stack([own[:, where[t][2], where[t][3]] for t in patch]).mean(0)
+            found = pooled[image % len(pooled), window % pooled.shape[1]]
+            torch.testing.assert_close(found[:, place % slots.total], mean)
 
 
 def test_axis_map_by_hand() -> None:
