@@ -12,7 +12,8 @@ import networkx as nx
 from torch import Tensor, fx
 
 from dgefx.passes.cores import Core
-from dgefx.passes.forms import Form, FormFinder
+from dgefx.passes.form import Form
+from dgefx.passes.forms import FormFinder
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import ELEMENTWISE, op_name
 from dgefx.passes.trace import Trace
@@ -24,7 +25,7 @@ def axis_sizes(form: Form, layout: Layout, finder: FormFinder) -> tuple[int, ...
     """Sizes of the token axes of a value of this form, in the dense block."""
     grid = layout.grid
     if form.kind == "window":
-        grid = (finder.partition or Partition.whole(grid)).size
+        grid = (finder.windows.partition or Partition.whole(grid)).size
     if len(form.axes) == 2:
         return grid
     return (grid[0] * grid[1] + (layout.prefix if form.prefix else 0),)

@@ -45,7 +45,8 @@ from dgefx.kernels.window import (
 from dgefx.nn.block import resolve_grid
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.cores import Core, map_sources
-from dgefx.passes.forms import MOVES, Form, FormFinder, size_inputs
+from dgefx.passes.form import MOVES, Form, size_inputs
+from dgefx.passes.forms import FormFinder
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
 from dgefx.passes.projections import FusedProjection, Part, fused_projections, linear_operands
@@ -192,7 +193,7 @@ class _Splitter:
             self.needs_grid_shape,
             self.positional,
             self.mixing,
-            self.finder.window_rule() if self.uses_windows else None,
+            self.finder.windows.rule() if self.uses_windows else None,
             self.fixed_slots,
         )
 
@@ -562,7 +563,7 @@ class _Splitter:
                 return emitted
             self.positional = True
             if slots:
-                self.finder.note_table(self.trace.values[original], form, axes, rank)
+                self.finder.windows.note_table(self.trace.values[original], form, axes, rank)
                 place: Any = tuple(form.window_axes)
                 return self.graph.call_function(pool_slots, (emitted, self.windows, place, rank))
             if form.batch is None:

@@ -1,0 +1,73 @@
+"""How values of the query world hold tokens: what `passes.forms` finds and later passes read."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from torch import fx
+
+from dgefx.kernels.window import WindowAxes
+from dgefx.passes.grid import Layout
+from dgefx.passes.ops import MOVEMENT
+from dgefx.passes.trace import Trace
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a value of the query world holds tokens.
+
+    kind: "tokens" (one axis, raster), "grid" (two axes, H and W), "window" (slots of windows),
+        "moving" (on the way between two of these) or "free" (no token axis).
+    axes: the token axis or axes. prefix: whether prefix tokens are on the axis too.
+    batch: the image axis, None where images are merged with something else.
+    mixes: whether the node lets tokens see each other.
+    windows, merged, inner: of a "window", see `dgefx.kernels.window.WindowAxes`.
+    """
+
+    kind: str
+    axes: tuple[int, ...] = ()
+    prefix: bool = False
+    batch: int | None = None
+    mixes: bool = False
+    windows: tuple[int, ...] = ()
+    merged: bool = False
+    inner: int = 1
+
+    @property
+    def window_axes(self) -> WindowAxes:
+        """For the kernels; a plain form counts as one window."""
+        assert self.batch is not None
+        return WindowAxes(self.batch, self.merged, self.inner, self.windows, self.axes)
+
+
+#: moves tokens and changes none; padding is zero
+MOVES = MOVEMENT | {"roll", "pad"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One perturbation: `image` and grid token `token` at (row, column)."""
+
+    image: int
+    row: int
+    column: int
+
+
+def stream_form(layout: Layout) -> Form:
+    """The form of a block's stream."""
+    order = layout.order
+    if order in ("BHWC", "BCHW"):
+        return Form("grid", (order.index("H"), order.index("W")), False, 0)
+    return Form("tokens", (order.index("N"),), layout.prefix > 0, order.index("B"))
+
+
+def size_inputs(trace: Trace, layout: Layout) -> tuple[fx.Node, fx.Node] | None:
+    """The block's arguments that hold the grid's rows and columns, if it takes them."""
+    sizes = [
+        n for n in trace.graph.nodes if n.op == "placeholder" and isinstance(trace.values[n], int)
+    ]
+    for rows, columns in itertools.pairwise(sizes):
+        if (trace.values[rows], trace.values[columns]) == layout.grid:
+            return rows, columns
+    return None
