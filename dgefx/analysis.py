@@ -23,6 +23,7 @@ from dgefx.passes.capture import Call, capture, record_calls
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
+from dgefx.passes.sizes import bound_rule
 from dgefx.passes.trace import TraceError
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.worlds import Refused
@@ -214,6 +215,8 @@ def _plan_sites(
         try:
             plan = plan_block(block, site.name, calls[site.name], site.layout, shape)
             verify_block(block, plan, calls[site.name], shape, config)
+            rule = bound_rule(block, plan, calls[site.name], shape, config)
+            plan = dataclasses.replace(plan, windows=rule)
         except (Refused, TraceError) as error:
             site.reason = str(error)
             continue

@@ -380,6 +380,45 @@ def test_other_image_sizes_of_libraries(make: Any) -> None:
             assert error(tensor(model(x)), tensor(dense(x))) <= 1e-5
 
 
+def test_sizes_at_which_the_dense_block_branches_are_refused() -> None:
+    """torchvision leaves out the shift where one window holds everything."""
+    torch.manual_seed(0)
+    dense = tiny_torchvision(1).eval()
+    model = dgefx.convert(dense, 1.0, example_inputs=images(2, 112))
+    with torch.no_grad():
+        for side in (168, 120, (112, 200)):
+            assert error(model(images(1, side)), dense(images(1, side))) <= 1e-5
+        for side in (56, (56, 112), 40):
+            with pytest.raises(ValueError, match="at this image size"):
+                model(images(1, side))
+    # and the other way round: at 56 px its second stage is one window, which does not shift
+    small = dgefx.convert(dense, 1.0, example_inputs=images(2, 56))
+    with pytest.raises(ValueError, match="at this image size"):
+        small(images(1, 112))
+
+
+@pytest.mark.parametrize("core", ["sdpa", "manual"])
+def test_one_window_at_the_converted_size(core: str) -> None:
+    torch.manual_seed(0)
+    dense = TinySwin(WindowBlock(core=core), WindowBlock(shift=(1, 2), core=core)).eval()
+    model = check_exact(dense, [], images(2, 16))
+    with torch.no_grad():
+        for side in (16, 32, (20, 44), 12):
+            x = images(2, side)
+            assert error(model(x), dense(x)) <= 1e-5
+
+
+def test_random_state_is_left_alone_at_other_sizes() -> None:
+    torch.manual_seed(0)
+    config = dgefx.DGEConfig(router="linear")
+    dense = TinySwin(WindowBlock()).eval()
+    model = dgefx.convert(dense, 0.7, example_inputs=images(2, 32), config=config)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        model(images(1, 48))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_gradients_reach_every_parameter() -> None:
     """And at the finest plan they are the dense model's."""
     torch.manual_seed(0)
@@ -486,5 +525,5 @@ def test_maps_and_calibration_of_windows() -> None:
     dgefx.calibrate(model, [images(4, side)], refine_passes=1)
     assert abs(dgefx.report(model).ratio - 0.7) <= 0.03
     maps = dgefx.granularity_maps(model, images(2, side))
-    assert [tuple(m.shape) for m in maps.values()] == [(2, 14, 14), (2, 14, 14), (2, 4, 4)]
+    assert [tuple(m.shape) for m in maps.values()] == [(2, 14, 14), (2, 14, 14), (2, 7, 7)]
     assert set(itertools.chain(*(m.unique().tolist() for m in maps.values()))) <= {1, 2, 4}

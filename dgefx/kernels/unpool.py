@@ -28,22 +28,13 @@ def unpool(queries: Tensor, routing: Routing) -> Tensor:
     return gather_rows(queries, _token_rows(routing))
 
 
-def unpool_add(
-    tokens: Tensor,
-    queries: Tensor,
-    updated: Tensor,
-    routing: Routing,
-    block_tokens: Tensor | None = None,
-    block_queries: Tensor | None = None,
-) -> Tensor:
-    """Residual stream plus the un-pooled update, and its correction where the router has one.
+def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routing) -> Tensor:
+    """Residual stream plus the un-pooled update.
 
     Args:
         tokens: (B, prefix + N, C), the block's input, or a later value of its main path.
-        queries: (B, prefix + slots, C), `pool(tokens, routing)`.
+        queries: (B, prefix + slots, C), its patch means.
         updated: (B, prefix + slots, C), the block's query path applied to `queries`.
-        block_tokens, block_queries: the block's input and its queries, where `tokens` and
-            `queries` are later ones; the correction is a map of the input.
 
     Returns:
         (B, prefix + N, C).
@@ -52,15 +43,23 @@ def unpool_add(
     if routing.gate is not None:
         gate = F.pad(routing.gate, (routing.prefix, 0), value=1.0)
         update = update * gate.unsqueeze(-1).to(update.dtype)
-    updated_tokens = tokens + unpool(update, routing)
+    return tokens + unpool(update, routing)
+
+
+def corrected(output: Tensor, tokens: Tensor, queries: Tensor, routing: Routing) -> Tensor:
+    """The block's output with the correction of its update, where the router has one.
+
+    Args:
+        output: (B, prefix + N, C). tokens, queries: the block's input and its patch means.
+    """
     if routing.correction is None or routing.lost is None:
-        return updated_tokens
+        return output
     prefix = routing.prefix
     correction = corrected_update(
-        (tokens if block_tokens is None else block_tokens)[:, prefix:],
-        (queries if block_queries is None else block_queries)[:, prefix:],
+        tokens[:, prefix:],
+        queries[:, prefix:],
         routing.lost,
         routing.token_slot,
         routing.correction,
     )
-    return updated_tokens + F.pad(correction, (0, 0, prefix, 0))
+    return output + F.pad(correction, (0, 0, prefix, 0))

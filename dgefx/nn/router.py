@@ -27,13 +27,12 @@ from dgefx.nn.hierarchy import (
     LevelTables,
     children_table,
     divides,
-    existing_patches,
     level_tables,
     max_region_cost,
     parent_table,
     side_counts,
 )
-from dgefx.nn.window_tables import flat_tensors, from_tensors, tiling_places, window_tables
+from dgefx.nn.window_tables import from_tensors, tiling_tensors
 from dgefx.nn.windows import Tiling, WindowRule
 
 FINEST_PROBABILITY = 0.95
@@ -132,27 +131,17 @@ class Router(nn.Module):
         return self._space if grid == self.grid else space_of(grid, self.windows, self.config)
 
     def _register_windows(self, tiling: Tiling) -> None:
-        found = flat_tensors(window_tables(tiling, self.config.granularities))
-        places = tiling_places(tiling)
-        found["place_token"] = places.token
-        if places.filled is not None:
-            found["place_filled"] = places.filled
-        for level, side in enumerate(self.config.granularities):
-            exists = existing_patches(tiling, side)
-            if exists is not None:
-                found[f"existing_{level}"] = exists
+        found = tiling_tensors(tiling, self.config.granularities)
         for name, tensor in found.items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor.clone(), persistent=False)
         self._window_names = tuple(found)
 
     def _window_tensors(self, space: Tiling, device: torch.device) -> dict[str, Tensor]:
         """Buffers at the converted size, computed at any other."""
         if space.grid == self.grid:
             return {name: cast(Tensor, getattr(self, name)) for name in self._window_names}
-        other = Router(
-            self.config, space.grid, 0, 1, self.plan, self.order, self.windows
-        )  # for its tables alone
-        return {name: getattr(other, name).to(device) for name in other._window_names}
+        found = tiling_tensors(space, self.config.granularities)
+        return {name: tensor.to(device) for name, tensor in found.items()}
 
     def places(self, grid: tuple[int, int], device: torch.device) -> Places | None:
         """Where tokens are in the patch hierarchy, if not where they are in the image."""

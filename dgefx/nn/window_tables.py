@@ -5,12 +5,14 @@ Built once per block at the converted size by `dgefx.nn.router`, and again for a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from dgefx.kernels.pool import Places
 from dgefx.kernels.window import WindowTables
-from dgefx.nn.hierarchy import side_counts
+from dgefx.nn.hierarchy import existing_patches, side_counts
 from dgefx.nn.windows import AxisTiling, Tiling
 
 
@@ -107,8 +109,23 @@ def window_tables(tiling: Tiling, sides: tuple[int, ...]) -> WindowTables:
     return tables
 
 
-def flat_tensors(tables: WindowTables) -> dict[str, Tensor]:
-    """Every tensor by a name, for buffers; the inverse is `from_tensors`."""
+@functools.lru_cache(maxsize=64)
+def tiling_tensors(tiling: Tiling, sides: tuple[int, ...]) -> dict[str, Tensor]:
+    """Every table of a tiling by a name, on the CPU; kept, so not to be changed."""
+    found = _flat_tensors(window_tables(tiling, sides))
+    places = tiling_places(tiling)
+    found["place_token"] = places.token
+    if places.filled is not None:
+        found["place_filled"] = places.filled
+    for level, side in enumerate(sides):
+        exists = existing_patches(tiling, side)
+        if exists is not None:
+            found[f"existing_{level}"] = exists
+    return found
+
+
+def _flat_tensors(tables: WindowTables) -> dict[str, Tensor]:
+    """The inverse is `from_tensors`."""
     found = {"slot_token": tables.places.token}
     if tables.places.filled is not None:
         found["slot_filled"] = tables.places.filled

@@ -165,6 +165,7 @@ class WindowRule:
     size: (rows, columns) of slots in a window; None: one window over the whole grid.
     kind, shift, pad_first: see `axis_map`. fixed: only at the size it was read at, as these maps.
     cuts: per axis, slots before which patches end besides (borders of an attention mask).
+    least: tokens that each axis must have at least; on less, the block lays out other windows.
     """
 
     size: tuple[int, int] | None = None
@@ -173,6 +174,7 @@ class WindowRule:
     pad_first: bool = False
     fixed: tuple[AxisMap, AxisMap] | None = None
     cuts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    least: tuple[int, int] = (1, 1)
 
     def maps(self, grid: tuple[int, int]) -> tuple[AxisMap, AxisMap]:
         """Per axis, the token in every slot of every window.
@@ -187,10 +189,17 @@ class WindowRule:
             if known != grid:
                 raise ValueError(
                     f"a converted block with windows got a grid of {grid[0]} x {grid[1]} tokens; "
-                    f"it was converted for {known[0]} x {known[1]}, and how it lays out windows on "
-                    f"other sizes is not known. convert() the model at this image size"
+                    f"it was converted for {known[0]} x {known[1]}; the dense block may lay out "
+                    f"other windows on other sizes. convert() the model at this image size"
                 )
             return self.fixed
+        if grid[0] < self.least[0] or grid[1] < self.least[1]:
+            least = f"{self.least[0]} x {self.least[1]}"
+            raise ValueError(
+                f"a converted block with windows got a grid of {grid[0]} x {grid[1]} tokens; on "
+                f"less than {least} the dense block lays out other windows than at the size it was "
+                f"converted for. convert() the model at this image size"
+            )
         if self.size is None:
             return (tuple(range(grid[0])),), (tuple(range(grid[1])),)
         rows, columns = (

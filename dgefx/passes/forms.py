@@ -163,6 +163,12 @@ class FormFinder:
         if not any(bool(mask.any()) for mask in masks):
             return Form("free", batch=_batch_axis(masks, self.probes))
         batch = _batch_axis(masks, self.probes)
+        if self.windows.partition is None and self.windows.arrives(node):
+            self.windows.read(node)
+            if self.windows.landing is node:  # even if one window holds everything at this size
+                for landed in self.windows.candidates(value):
+                    if self._is_at(landed, node, masks, value):
+                        return landed
         form = self._matching(node, masks, value, batch)
         if form is None and self.windows.moves_tokens(node):
             if self.windows.lands(node):
@@ -171,22 +177,25 @@ class FormFinder:
             form = form or Form("moving")
         return form or self._confine(node, value, moved, forms)
 
+    def _is_at(self, form: Form, node: fx.Node, masks: list[Tensor], value: Tensor) -> bool:
+        """Whether what changed is exactly where the form says; of data movement, whether the token
+        numbers are those that the movement makes."""
+        pairs = zip(masks, self.probes, strict=True)
+        if not all(_only_at(m, self._place(form, p)) for m, p in pairs):
+            return False
+        if form.batch is None or self.layout.prefix or not self.windows.moves_tokens(node):
+            return True
+        grid = self.layout.grid
+        numbers = self.windows.numbers(node, self.base, grid)
+        return torch.equal(numbers, self.windows.seed(form, value.shape, grid))
+
     def _matching(
         self, node: fx.Node, masks: list[Tensor], value: Tensor, batch: int | None
     ) -> Form | None:
-        """The form whose places are exactly those that changed; of data movement, the form whose
-        token numbers are those that the movement makes."""
-        numbers = None
-        if self.windows.moves_tokens(node) and not self.layout.prefix:
-            numbers = self.windows.numbers(node, self.base, self.layout.grid)
+        """The form that fits; the form of a source, if it still does."""
 
         def fit(form: Form) -> bool:
-            pairs = zip(masks, self.probes, strict=True)
-            if not all(_only_at(m, self._place(form, p)) for m, p in pairs):
-                return False
-            if numbers is None or form.batch is None:
-                return True
-            return torch.equal(numbers, self.windows.seed(form, value.shape, self.layout.grid))
+            return self._is_at(form, node, masks, value)
 
         for source in node.all_input_nodes:
             form = self.forms.get(source)
@@ -195,10 +204,22 @@ class FormFinder:
             kept = dataclasses.replace(form, mixes=False)
             if max(kept.axes) < value.dim() and fit(kept):
                 return kept
-        plain = next((form for form in self._candidates(value, batch) if fit(form)), None)
-        if plain is not None and plain.batch is not None:
-            return plain
-        return next((form for form in self.windows.candidates(value) if fit(form)), plain)
+        found = [next((f for f in self._candidates(value, batch) if fit(f)), None)]
+        found.append(next((f for f in self.windows.candidates(value) if fit(f)), None))
+        # a single window holds every token too, but only at this size
+        inside = any(form.kind == "window" for form in self._source_forms(node))
+        plain, window = found
+        if self.windowed and inside:
+            return window or plain
+        return plain if plain is not None and plain.batch is not None else window or plain
+
+    def _source_forms(self, node: fx.Node) -> list[Form]:
+        """Forms of what a node reads, also of what a tuple that it reads was made of."""
+        found = []
+        for source in node.all_input_nodes:
+            origins = [source] if source in self.forms else source.all_input_nodes
+            found += [self.forms[n] for n in origins if n in self.forms]
+        return found
 
     def _candidates(self, value: Tensor, batch: int | None) -> list[Form]:
         shape = value.shape

@@ -37,6 +37,15 @@ class Part:
     positions: tuple[int, ...] = ()
     merged: int | None = None
 
+    @property
+    def keeps_features_last(self) -> bool:
+        """Whether a head's features stay the last axis.
+
+        Keys that are laid out transposed in one go make Inductor (torch 2.14) take them for plain
+        ones when it replaces matmul-softmax-matmul, and fail.
+        """
+        return self.order[-1] == len(self.order) - 1
+
 
 @dataclass(frozen=True)
 class FusedProjection:
@@ -215,7 +224,9 @@ def _world_parts(
         if all(user in world and _moves(user, trace) for user in readers):
             deeper = [resolve(user) for user in readers]
             if all(found is not None for found in deeper):
-                return {n: part for found in deeper if found for n, part in found.items()}
+                parts = {n: part for found in deeper if found for n, part in found.items()}
+                if all(part.keeps_features_last for part in parts.values()):
+                    return parts
         part = follower.part(node)
         return None if part is None else {node: part}
 

@@ -30,7 +30,7 @@ from dgefx.kernels.layout import (
 from dgefx.kernels.pool import pool, pool_onto
 from dgefx.kernels.projection import arrange_projection, weight_rows
 from dgefx.kernels.stencil import stencil_conv
-from dgefx.kernels.unpool import unpool_add
+from dgefx.kernels.unpool import corrected, unpool_add
 from dgefx.kernels.window import (
     from_slots,
     image_count,
@@ -243,11 +243,7 @@ class _Splitter:
     def _updated(self, node: fx.Node) -> Any:
         """(B, N, C) main path value: what it was before, plus the un-pooled update."""
         updated = self.graph.call_function(to_tokens, (self.query[node], self._order(node)))
-        tokens, queries = self.base
-        source = () if self.base[0] is self.tokens else (self.tokens, self.queries)
-        return self.graph.call_function(
-            unpool_add, (tokens, queries, updated, self.routing, *source)
-        )
+        return self.graph.call_function(unpool_add, (*self.base, updated, self.routing))
 
     def _materialise(self, node: fx.Node) -> Any:
         """A value of the main path for the context world."""
@@ -266,10 +262,15 @@ class _Splitter:
         self.query[node] = self.graph.call_function(queries_as_stream, (queries, order))
 
     def _epilogue(self, output: fx.Node) -> None:
+        call, order = self.graph.call_function, self.layout.order
         if self.worlds.output_is_dense:
-            result = self.context[self.worlds.output]
+            tokens = call(to_tokens, (self.context[self.worlds.output], order))
         else:
-            result = self._materialise(self.worlds.output)
+            order = self._order(self.worlds.output)
+            tokens = self._updated(self.worlds.output)
+        # a correction is of the whole block's update
+        tokens = call(corrected, (tokens, self.tokens, self.queries, self.routing))
+        result = call(from_tokens, (tokens, order, self.grid))
 
         def pick(node: fx.Node) -> Any:
             if node is self.worlds.output:

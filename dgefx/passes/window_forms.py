@@ -126,7 +126,7 @@ class WindowForms:
             numbers = numbers.flatten(-2, -1)
         if form.merged:
             numbers = numbers.flatten(0, 1)
-        elif not form.windows:
+        elif not form.windows:  # one window that has no axis of its own
             numbers = numbers.squeeze(1)
         numbers = numbers.repeat_interleave(form.inner, 0)
         axes = [form.batch, *form.windows, *form.axes]
@@ -139,6 +139,17 @@ class WindowForms:
 
     def _images(self, values: dict[fx.Node, Any]) -> int:
         return int(values[self.worlds.stream].shape[stream_form(self.layout).batch or 0])
+
+    def arrives(self, node: fx.Node) -> bool:
+        """Whether tokens end a movement here: it came from somewhere in between, and `lands`."""
+        if not self.moves_tokens(node) or self.layout.prefix or not self.lands(node):
+            return False
+        source = self._moved(node)
+        while self.moves_tokens(source):
+            if self.forms[source].kind == "moving":
+                return True
+            source = self._moved(source)
+        return False
 
     def read(self, node: fx.Node) -> None:
         numbers = self.numbers(node, self.base, self.layout.grid)
@@ -161,9 +172,10 @@ class WindowForms:
         found = []
         for batch, lead in enumerate(shape):
             options: list[tuple[int, tuple[int, ...], bool]] = []
+            known = self.partition is not None
             if lead % (images * rows * columns) == 0:
-                options.append((lead // (images * rows * columns), (), rows * columns > 1))
-            if lead == images and rows * columns > 1:
+                options.append((lead // (images * rows * columns), (), known))
+            if lead == images and known:
                 for axis in range(batch + 1, dim):
                     if shape[axis] == rows * columns:
                         options.append((1, (axis,), False))
@@ -180,7 +192,8 @@ class WindowForms:
                         found.append(
                             Form("window", axes, False, batch, False, windows, merged, inner)
                         )
-        return sorted(found, key=lambda form: form.inner)
+        # of a single window, axes that count windows are 1: next to slot rows and columns they do
+        return sorted(found, key=lambda f: (f.inner, -len(f.windows) * (len(f.axes) == 2)))
 
     def note_table(self, table: Tensor, form: Form, axes: list[int], rank: int) -> None:
         """Cut the windows where a mask changes that is added to a value of this form.
@@ -211,21 +224,19 @@ class WindowForms:
         self.cuts = (rows, columns)
 
     def rule(self) -> WindowRule:
-        """The rule of the block's windows, checked on other grid sizes."""
+        """The rule of the block's windows; whether it holds on other sizes, `passes.sizes` asks the
+        dense block itself."""
         if self.partition is None or self.landing is None:
             return WindowRule()
         if any(self.cuts):
             return fixed_rule(self.partition, self.cuts)
         rules = candidate_rules(self.partition)
-        height, width = self.layout.grid
         tall, wide = self.partition.size
-        checked = False
-        for grid in ((height + tall, width + 2 * wide), (height + tall + 1, width + wide - 1)):
+        for grid in ((2 * tall, 3 * wide), (2 * tall + 1, 3 * wide - 1)):
             other = self._partition_at(grid)
             if other is not None:
-                checked = True
                 rules = [rule for rule in rules if fits(rule, other)]
-        return rules[0] if rules and checked else fixed_rule(self.partition)
+        return rules[0] if rules else fixed_rule(self.partition)
 
     def _partition_at(self, grid: tuple[int, int]) -> Partition | None:
         """The partition of another grid, or None where the block does not take it."""

@@ -14,7 +14,7 @@ from dgefx.kernels.correction import Correction, corrected_update
 from dgefx.kernels.pool import pool
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.stencil import island_conv, stencil_rows
-from dgefx.kernels.unpool import unpool, unpool_add
+from dgefx.kernels.unpool import corrected, unpool, unpool_add
 from dgefx.nn.capacity import plan_of, plans
 from dgefx.nn.hierarchy import nested_levels
 from dgefx.nn.router import Router
@@ -196,7 +196,9 @@ def test_correction_equals_the_formula(case: dict) -> None:
     router.set_correction(weights)
     routing = router.routing_for(tokens, routing.levels)
     queries = pool(tokens, routing)
-    found = unpool_add(tokens, queries, queries, routing) - tokens
+    found = (
+        corrected(unpool_add(tokens, queries, queries, routing), tokens, queries, routing) - tokens
+    )
     prefix = case["prefix"]
     assert torch.equal(found[:, :prefix], torch.zeros_like(found[:, :prefix]))
     for image in range(case["count"]):

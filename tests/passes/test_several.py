@@ -249,6 +249,34 @@ def test_calibration_of_blocks_with_main_path_operations() -> None:
     assert 0.55 <= dgefx.report(model).ratio <= 0.6
 
 
+@pytest.mark.parametrize("kind", ["postnorm", "layers"])
+def test_corrections_are_counted_and_applied_once(kind: str) -> None:
+    dense = randomise(Model(MAKERS[kind])).eval()
+    model = dgefx.convert(dense, 0.75, example_inputs=images(2, 32))
+    dgefx.calibrate(model, [images(8, 32)], refine_passes=1)
+    x = images(2, 32, seed=7)
+    assert abs(macs(model, x) / macs(dense, x) - dgefx.report(model).ratio) <= 0.002
+    assert model.blocks[0].code.count("corrected(") == 1
+
+
+def test_unfused_attention_compiles() -> None:
+    """Inductor replaces matmul-softmax-matmul; keys that come transposed confuse it."""
+
+    class Manual(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            weights = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
+            return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+    torch._dynamo.reset()
+    make = lambda: Residual(nn.Sequential(nn.LayerNorm(16), Manual(16, 2)))  # noqa: E731
+    dense = randomise(Model(make, depth=1)).eval()
+    model = dgefx.convert(dense, 0.8, example_inputs=images(2, 32))
+    x = images(2, 32, seed=1)
+    with torch.no_grad():
+        assert error(torch.compile(model, fullgraph=True)(x), model(x)) <= 1e-5
+
+
 def test_outer_block_is_reported() -> None:
     """A module around a block that has an attention of its own stays as it is."""
 

@@ -1,0 +1,96 @@
+"""Pass 6b, sizes: on which other grids a block with windows is what its dense block is.
+
+A trace takes the branches of the converted size, and a block may decide by the size whether it
+shifts its windows or how large they are. So the converted block, at its finest, is compared with
+the dense one on smaller and larger grids; its rule is bound to those on which they agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from dgefx.config import DGEConfig
+from dgefx.nn.block import GridShape
+from dgefx.nn.windows import WindowRule
+from dgefx.passes.capture import Call
+from dgefx.passes.rewrite import BlockPlan, build_block
+from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error
+
+
+def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int, int]) -> Call:
+    """The block's call with a random stream, and its sizes, of another grid."""
+    order, old = plan.layout.order, plan.layout.grid
+    size = list(shape)
+    if order in ("BHWC", "BCHW"):
+        size[order.index("H")], size[order.index("W")] = grid
+    else:
+        size[order.index("N")] = grid[0] * grid[1] + plan.layout.prefix
+    leaves, spec = pytree.tree_flatten(call)
+    generator = torch.Generator().manual_seed(4)
+    placed = False
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape and not placed:
+            leaves[index] = torch.randn(size, generator=generator).to(leaf)
+            placed = True
+        pair = leaves[index - 1 : index + 1]
+        if all(isinstance(size, int) for size in pair) and tuple(pair) == old:
+            leaves[index - 1], leaves[index] = grid
+    moved: Call = pytree.tree_unflatten(leaves, spec)
+    return moved
+
+
+def _agrees(
+    dense: nn.Module, plan: BlockPlan, call: Call, config: DGEConfig, grid: tuple[int, int]
+) -> bool | None:
+    """Whether both blocks yield the same; None where the dense one does not take the grid."""
+    args, kwargs = call
+    # copies: a block may note down the size that it saw
+    reference, other = copy.deepcopy(dense).eval(), copy.deepcopy(dense).eval()
+    with torch.no_grad():
+        try:
+            wanted = reference(*args, **kwargs)
+        except Exception:  # user code may raise anything
+            return None
+        shape = GridShape(grid) if plan.needs_grid_shape else None
+        try:
+            found = build_block(other, plan, config, shape)(*args, **kwargs)
+        except Exception:  # fails here, so it does not agree
+            return False
+    pairs = output_tensors(found)[:1], output_tensors(wanted)[:1]
+    return relative_error(*pairs) <= TOLERANCE
+
+
+def bound_rule(
+    dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
+) -> WindowRule | None:
+    """The plan's rule, bound to the sizes on which it holds.
+
+    Args:
+        dense: not changed. call, shape: of its example run.
+    """
+    rule = plan.windows
+    if rule is None or rule.size is None or rule.fixed is not None:
+        return rule
+    tall, wide = rule.size
+
+    def agrees(*grid: int) -> bool | None:
+        place = (grid[0], grid[1])
+        return _agrees(dense, plan, call_at(call, plan, shape, place), config, place)
+
+    larger = [agrees(2 * tall, 3 * wide), agrees(2 * tall + 1, 3 * wide - 1)]
+    if True not in larger or False in larger:
+        rows, columns = rule.maps(plan.layout.grid)
+        return WindowRule(rule.size, fixed=(rows, columns))
+    least = [1, 1]
+    if agrees(tall, 3 * wide) is False:
+        least[0] = tall + 1
+    if agrees(2 * tall, wide) is False:
+        least[1] = wide + 1
+    if least == [1, 1] and agrees(tall, wide) is False:
+        least = [tall + 1, wide + 1]
+    return dataclasses.replace(rule, least=(least[0], least[1]))
