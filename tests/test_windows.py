@@ -242,6 +242,29 @@ def test_timm_whole(name: str) -> None:
     check_exact(model, WHOLE[name], images(2, side, seed=1))
 
 
+PARTLY = {
+    "davit_tiny": (6, "channel attention"),
+    "coatnet_0_rw_224": (7, "shortcut around it is pooled"),
+    "gcvit_tiny": (17, "queries do not come from the stream"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTLY)
+def test_timm_partly(name: str) -> None:
+    """What is left dense carries the right reason."""
+    torch.manual_seed(0)
+    dense = randomise(timm.create_model(name)).eval()
+    x = images(2, 224, seed=1)
+    model = dgefx.convert(dense, 1.0, example_inputs=x)
+    blocks = dgefx.report(model).blocks
+    converted, reason = PARTLY[name]
+    assert sum(b.status == "converted" for b in blocks) == converted
+    assert all(reason in b.reason for b in blocks if b.status == "dense")
+    with torch.no_grad():
+        assert error(model(x), dense(x)) <= 1e-5
+
+
 def tiny_torchvision(version: int) -> nn.Module:
     kind = torchvision.models.swin_transformer
     more = {}
