@@ -46,6 +46,15 @@ class Layout:
     def tokens(self) -> int:
         return self.prefix + self.grid[0] * self.grid[1]
 
+    def shape_at(self, shape: tuple[int, ...], grid: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of a stream that has `shape` here, on another grid."""
+        size = list(shape)
+        if "N" in self.order:
+            size[self.order.index("N")] = self.prefix + grid[0] * grid[1]
+        else:
+            size[self.order.index("H")], size[self.order.index("W")] = grid
+        return tuple(size)
+
 
 @dataclass(frozen=True)
 class Held:

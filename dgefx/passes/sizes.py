@@ -24,12 +24,7 @@ from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error
 
 def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int, int]) -> Call:
     """The block's call with a random stream, and its sizes, of another grid."""
-    order, old = plan.layout.order, plan.layout.grid
-    size = list(shape)
-    if order in ("BHWC", "BCHW"):
-        size[order.index("H")], size[order.index("W")] = grid
-    else:
-        size[order.index("N")] = grid[0] * grid[1] + plan.layout.prefix
+    size = plan.layout.shape_at(shape, grid)
     leaves, spec = pytree.tree_flatten(call)
     generator = torch.Generator().manual_seed(4)
     placed = False
@@ -38,7 +33,7 @@ def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int
             leaves[index] = torch.randn(size, generator=generator).to(leaf)
             placed = True
         pair = leaves[index - 1 : index + 1]
-        if all(isinstance(size, int) for size in pair) and tuple(pair) == old:
+        if all(isinstance(size, int) for size in pair) and tuple(pair) == plan.layout.grid:
             leaves[index - 1], leaves[index] = grid
     moved: Call = pytree.tree_unflatten(leaves, spec)
     return moved

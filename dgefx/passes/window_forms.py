@@ -263,12 +263,7 @@ class WindowForms:
     def _inputs_at(self, grid: tuple[int, int]) -> dict[fx.Node, Any]:
         """The block's inputs with a stream, and its sizes, for another grid."""
         stream = self.trace.values[self.worlds.stream]
-        order = self.layout.order
-        shape = list(stream.shape)
-        if order in ("BHWC", "BCHW"):
-            shape[order.index("H")], shape[order.index("W")] = grid
-        else:
-            shape[order.index("N")] = grid[0] * grid[1]
+        shape = self.layout.shape_at(tuple(stream.shape), grid)
         values = {n: self.trace.values[n] for n in self.trace.graph.nodes if n.op == "placeholder"}
         values[self.worlds.stream] = torch.zeros(shape, dtype=stream.dtype, device=stream.device)
         pair = size_inputs(self.trace, self.layout)

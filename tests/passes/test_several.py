@@ -269,7 +269,10 @@ def test_unfused_attention_compiles() -> None:
             return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
     torch._dynamo.reset()
-    make = lambda: Residual(nn.Sequential(nn.LayerNorm(16), Manual(16, 2)))  # noqa: E731
+
+    def make() -> nn.Module:
+        return Residual(nn.Sequential(nn.LayerNorm(16), Manual(16, 2)))
+
     dense = randomise(Model(make, depth=1)).eval()
     model = dgefx.convert(dense, 0.8, example_inputs=images(2, 32))
     x = images(2, 32, seed=1)
