@@ -86,6 +86,7 @@ class Analysis:
             macs_dense=self.macs_dense / self.images,
             floor=self.floor,
             blocks=tuple(blocks),
+            held=self.config.capacity is not None,
         )
 
 
@@ -181,8 +182,8 @@ def analyse(
                     site.reason = "left out by filter_fn"
         plans = _plan_sites(work, sites, call, config, must_convert)
         macs_dense = count_macs(work, *call)
-        costs = _price(work, plans, sites, call, config)
-        silent = _install_and_verify(work, plans, call, output, config)
+        costs = _price(work, plans, sites, call, config.bounded())
+        silent = _install_and_verify(work, plans, call, output, config.bounded())
     for name in silent:
         plans[name] = dataclasses.replace(plans[name], hook_source=None)
     images = batch_size(call)
@@ -213,7 +214,7 @@ def _plan_sites(
         assert site.layout is not None and site.stream is not None
         block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
         try:
-            plan = plan_block(block, site.name, calls[site.name], site.layout, shape)
+            plan = plan_block(block, site.name, calls[site.name], site.layout, shape, config.packs)
             verify_block(block, plan, calls[site.name], shape, config)
             rule = bound_rule(block, plan, calls[site.name], shape, config)
             plan = dataclasses.replace(plan, windows=rule)

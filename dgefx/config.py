@@ -14,7 +14,7 @@ from typing import Any, Literal
 VERSION = 1
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "budget": ("per_image",),
+    "budget": ("per_image", "average"),
     "routing": ("nested", "region", "layer"),
     "router": ("detail", "linear"),
 }
@@ -31,7 +31,15 @@ class DGEConfig:
             coarsest patch side. ``None`` means the coarsest patch side. With nested routing it is
             the second patch side, where the finest decisions are taken, and cannot be chosen.
         budget: ``"per_image"``: every image gets the same number of queries in a layer, so shapes
-            are static and a result never depends on the rest of the batch.
+            are static and a result never depends on the rest of the batch. ``"average"``: the
+            paper's, images differ in their number of queries and the budget holds over the batch:
+            the linear router takes every region's arg max, the detail router shares the batch's
+            queries out over all its images. A batch's queries are packed one image after the other.
+        capacity: with ``budget="average"``. ``"budget"``: a batch has as many packed queries as the
+            blocks' budgets allow, so shapes are static and `gamma` holds whatever the gates ask
+            for: where that is more, the regions with the lowest scores become coarser. ``None``:
+            as many as the gates of the linear router ask for, as in the paper: `gamma` is what
+            training aims at, and every converted block reads one number back from the device.
         routing: ``"nested"``: every patch decides for itself whether it is split into the patches
             of the next finer level, so a region may hold several granularities; ``"region"``: the
             paper's, one granularity per region and image; ``"layer"``: one granularity per layer
@@ -47,7 +55,8 @@ class DGEConfig:
 
     granularities: tuple[int, ...] = (1, 2, 4)
     region: int | None = None
-    budget: Literal["per_image"] = "per_image"
+    budget: Literal["per_image", "average"] = "per_image"
+    capacity: Literal["budget"] | None = "budget"
     routing: Literal["nested", "region", "layer"] | None = None
     router: Literal["detail", "linear"] = "detail"
     version: int = VERSION
@@ -78,6 +87,7 @@ class DGEConfig:
             value = getattr(self, field)
             if value not in allowed and not (field == "routing" and value is None):
                 raise ValueError(f"{field} must be one of {allowed}, found {value!r}")
+        self._check_capacity()
         if self.routing_mode == "nested" and self.router == "linear":
             raise ValueError(
                 'routing "nested" has no linear router: the paper\'s gate picks one granularity '
@@ -100,6 +110,24 @@ class DGEConfig:
                 f"version {self.version!r} of DGEConfig is not known to this dgefx (it writes "
                 f"{VERSION}); use the dgefx that wrote it, or a newer one"
             )
+
+    def _check_capacity(self) -> None:
+        if self.capacity not in ("budget", None):
+            raise ValueError(f'capacity must be "budget" or None, found {self.capacity!r}')
+        if self.capacity is None and (self.budget != "average" or self.router != "linear"):
+            raise ValueError(
+                'capacity=None, as many queries as the gates ask for, needs budget="average" and '
+                f'router="linear"; found budget={self.budget!r}, router={self.router!r}'
+            )
+
+    @property
+    def packs(self) -> bool:
+        """Whether the queries of a batch are packed, images differing in their number."""
+        return self.budget == "average"
+
+    def bounded(self) -> DGEConfig:
+        """The same with the budget as its capacity: what a conversion is priced at."""
+        return dataclasses.replace(self, capacity="budget")
 
     @property
     def routing_mode(self) -> str:

@@ -37,7 +37,9 @@ class Report:
 
     gamma: asked for. ratio: MACs over the dense model's, by `FlopCounterMode`. macs, macs_dense:
     multiply-accumulates per image. floor: the lowest ratio this model can be set to. calibrated:
-    whether the blocks' shares were measured (`dgefx.calibrate`) or guessed from their depth.
+    whether the blocks' shares were measured (`dgefx.calibrate`) or guessed from their depth. held:
+    whether the ratio holds by construction; if not (`DGEConfig(capacity=None)`), it is what the
+    model has when its gates keep to their budgets, which only training brings about.
     """
 
     gamma: float
@@ -47,6 +49,7 @@ class Report:
     floor: float
     blocks: tuple[BlockReport, ...] = field(default_factory=tuple)
     calibrated: bool = False
+    held: bool = True
 
     @property
     def converted(self) -> tuple[BlockReport, ...]:
@@ -66,6 +69,11 @@ class Report:
             table.caption = (
                 "shares of the budget guessed from depth; dgefx.calibrate(model, images) measures "
                 "them on a few unlabelled images"
+            )
+        if not self.held:
+            table.caption = (
+                "ratio of gates that keep to their budgets: capacity=None lets them ask for any "
+                "number of queries, so only training brings it about"
             )
         for column in ("block", "status", "grid", "queries", "slots per level", "ratio", "reason"):
             table.add_column(column, justify="right" if column in ("queries", "ratio") else "left")

@@ -1,10 +1,17 @@
-"""One thread per test process: with pytest-xdist, more would only fight over the cores."""
+"""One thread per test process: with pytest-xdist, more would only fight over the cores.
+
+Without a GPU, Triton kernels run in Triton's interpreter, which must be asked for before anything
+imports Triton.
+"""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dgefx.kernels.allocate_op import allocate
+
 #: up to so many regions, comparing all pairs is cheaper than sorting (and fuses with its readers)
 _PAIRS_LIMIT = 144
 
@@ -152,11 +154,14 @@ class Slots(NamedTuple):
         patches hold patch 0, their result is never read.
     token_slot: (B, N) the slot of every token's patch, counted over all levels.
     patch_slot: (B, patches of the levels with slots) the slot of every patch, -1 where it has none.
+    ids: (B, slots) the patch in every slot, counted over all levels, -1 where it is idle; made
+        only where `dgefx.kernels.packing` wants it.
     """
 
     patches: tuple[Tensor | None, ...]
     token_slot: Tensor
     patch_slot: Tensor
+    ids: Tensor | None = None
 
 
 def assign_slots(
@@ -210,3 +215,45 @@ def assign_slots(
         patches[level] = (table[:, offset:stop] - start).clamp(min=0)
         start, offset = start + count, stop
     return Slots(tuple(patches), slot.gather(1, rows), torch.where(chosen, slot, -1))
+
+
+def assign_slots_on_gpu(
+    levels: Tensor,
+    patch_region: Sequence[Tensor],
+    token_patch: Sequence[Tensor],
+    capacities: Sequence[int],
+    existing: Sequence[Tensor | None],
+) -> Slots:
+    """`assign_slots` by the operator `dgefx::allocate`, with `ids`."""
+    images, device = levels.shape[0], levels.device
+    counts = [region.shape[0] for region in patch_region]
+    starts = [sum(counts[:level]) for level in range(len(counts))]
+    offsets = [sum(capacities[:level]) for level in range(len(counts))]
+    slots, image = sum(capacities), torch.arange(images, device=device)[:, None]
+    patch, patch_slot, token_slot = allocate(
+        levels,
+        torch.cat(list(patch_region)),
+        torch.cat([torch.full_like(r, level) for level, r in enumerate(patch_region)]),
+        torch.cat(
+            [
+                torch.ones_like(region, dtype=torch.bool) if exists is None else exists
+                for region, exists in zip(patch_region, existing, strict=True)
+            ]
+        ),
+        torch.stack([t + start for t, start in zip(token_patch, starts, strict=True)]),
+        image * slots + torch.tensor(offsets, device=device),
+        images * slots,
+    )
+    patch = patch.view(images, slots)
+    ids = torch.where(patch < 0, -1, patch - image * sum(counts))
+    own = torch.where(patch_slot < 0, -1, patch_slot - image * slots)
+    patches: list[Tensor | None] = []
+    kept = []
+    for level, capacity in enumerate(capacities):
+        if not capacity:
+            patches.append(None)
+            continue
+        held = ids[:, offsets[level] : offsets[level] + capacity]
+        patches.append((held - starts[level]).clamp(min=0))
+        kept.append(own[:, starts[level] : starts[level] + counts[level]])
+    return Slots(tuple(patches), token_slot - image * slots, torch.cat(kept, 1), ids)

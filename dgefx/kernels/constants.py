@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dgefx.kernels.pool import patch_means, patch_sums
+from dgefx.kernels.ragged import body_queries
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import gather_rows
 
@@ -67,6 +68,16 @@ def gather_constant(
         (table[:, : routing.prefix], table[:, routing.prefix :]) if prefix else (None, table)
     )
     hierarchy = _hierarchy_rows(body, routing)
+    if routing.ragged is not None:
+        entries = hierarchy if head is None else torch.cat([head, hierarchy], 1)
+        left_out = routing.prefix if head is None else 0
+        if table.shape[0] == 1:
+            flat = (routing.ragged.patch - left_out).clamp(min=0)
+        else:
+            flat = routing.ragged.flat(left_out)
+        rows = entries.flatten(0, 1).index_select(0, flat).unsqueeze(0)
+        rows = rows if prefix else body_queries(rows, routing, 1)
+        return _arranged(rows, rest, batch, token, len(axes) == 2, boolean)
     index = _patch_rows(routing)
     if table.shape[0] == 1:
         rows = hierarchy[0].index_select(0, index.reshape(-1)).view(*index.shape, -1)
@@ -74,7 +85,15 @@ def gather_constant(
         rows = gather_rows(hierarchy, index)
     if head is not None:
         rows = torch.cat([head.expand(rows.shape[0], -1, -1), rows], 1)
+    return _arranged(rows, rest, batch, token, len(axes) == 2, boolean)
+
+
+def _arranged(
+    rows: Tensor, rest: torch.Size, batch: int, token: int, on_grid: bool, boolean: bool
+) -> Tensor:
+    """(images, queries, F) rows with the axes of the value they meet."""
     rows = rows.reshape(*rows.shape[:2], *rest).movedim((0, 1), (batch, token))
-    if len(axes) == 2:
+    if on_grid:
         rows = rows.unsqueeze(token + 1)
     return rows > 0.5 if boolean else rows
+

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.rows import spread_rows
 
 
 class Correction(NamedTuple):
@@ -42,8 +42,8 @@ def corrected_update(
     """The correction of every token's update.
 
     Args:
-        tokens: (B, N, C) grid tokens. queries: (B, slots, C) patch means.
-        lost: (B, slots), see `mean_features`.
+        tokens: (B, N, C) grid tokens. queries: (B, slots, C) patch means, or (1, T, C).
+        lost: (B, slots) or (1, T), see `mean_features`.
         rows: (B, N) slot of every token.
         weights: of the block.
 
@@ -56,5 +56,5 @@ def corrected_update(
     hidden = mean_features(queries, lost) @ down[: channels + 1] - queries @ down[channels + 1 :]
     pooled = (lost > 0).to(tokens.dtype).unsqueeze(-1)
     own = tokens @ down[channels + 1 :]
-    spread = gather_rows(torch.cat([hidden, pooled], -1), rows)
+    spread = spread_rows(torch.cat([hidden, pooled], -1), rows)
     return ((own + spread[..., :-1]) * spread[..., -1:]) @ weights.up.to(tokens.dtype)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dgefx.kernels.pool import patch_means, patch_sums
+from dgefx.kernels.ragged import body_queries, body_slots
 from dgefx.kernels.routing import Routing
-from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.rows import gather_rows, spread_rows
 
 
 def _to_rows(value: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, torch.Size]:
@@ -38,6 +39,10 @@ def unpool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix:
         prefix: whether the prefix tokens are among the queries.
     """
     rows, rest = _to_rows(value, axes)
+    if routing.ragged is not None:
+        index = routing.ragged.row if prefix else body_slots(routing)
+        dense = spread_rows(rows, index)
+        return _from_rows(dense, rest, axes, routing.grid)
     count = routing.prefix if prefix else 0
     dense = gather_rows(rows[:, count:], routing.token_slot)
     if count:
@@ -52,6 +57,15 @@ def pool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: b
     body = rows[:, count:]
     sums = patch_sums(body, routing.grid, routing.granularities, routing.places)
     parts = [rows[:, :count]] if count else []
+    if routing.ragged is not None:
+        parts.append(body)
+        for total, tokens in zip(sums[1:], routing.patch_tokens[1:], strict=True):
+            parts.append(patch_means(total, tokens, body.dtype))
+        left_out = routing.prefix - count
+        table = torch.cat(parts, 1).flatten(0, 1)
+        pooled = table.index_select(0, routing.ragged.flat(left_out)).unsqueeze(0)
+        pooled = pooled if prefix else body_queries(pooled, routing, 1)
+        return _from_rows(pooled, rest, axes, (pooled.shape[1], 1))
     for level, patches in enumerate(routing.patches):
         if patches is None:
             continue

@@ -42,5 +42,8 @@ def queries_as_stream(queries: Tensor, order: str) -> Tensor:
 
 
 def query_count(routing: Routing, prefix: bool) -> int:
-    """Number of slots, with or without the prefix tokens."""
+    """Number of slots, with or without the prefix tokens; T of a ragged routing."""
+    if routing.ragged is not None:
+        left_out = 0 if prefix else routing.ragged.row.shape[0] * routing.prefix
+        return routing.ragged.patch.shape[0] - left_out
     return sum(routing.capacities) + (routing.prefix if prefix else 0)

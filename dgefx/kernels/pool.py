@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgefx.kernels.pool_op import pool_rows_op
 from dgefx.kernels.rows import gather_rows
 
 if TYPE_CHECKING:
@@ -99,8 +100,14 @@ def pool(tokens: Tensor, routing: Routing) -> Tensor:
 
     Returns:
         (B, prefix + slots, C): prefix tokens as they are, then the mean of every chosen patch,
-        level by level.
+        level by level; of a ragged routing (1, T, C).
     """
+    if routing.packing is not None:
+        rows = pool_rows_op(tokens.flatten(0, 1), routing.packing)
+        return rows.unflatten(0, (1 if routing.ragged is not None else tokens.shape[0], -1))
+    if routing.ragged is not None:
+        table = torch.cat([tokens, *routing.means[1:]], 1)
+        return table.flatten(0, 1).index_select(0, routing.ragged.flat()).unsqueeze(0)
     prefix = routing.prefix
     parts = [tokens[:, :prefix]] if prefix else []
     for level, patches in enumerate(routing.patches):
@@ -115,6 +122,8 @@ def pool(tokens: Tensor, routing: Routing) -> Tensor:
 
 def pool_onto(tokens: Tensor, routing: Routing) -> Tensor:
     """`pool` of other tokens than those the routing was made of: a later value of the stream."""
+    if routing.packing is not None:
+        return pool(tokens, routing)
     prefix = routing.prefix
     sums = patch_sums(tokens[:, prefix:], routing.grid, routing.granularities, routing.places)
     means = [tokens[:, :0]]

@@ -1,7 +1,8 @@
 """`Routing`: the decision of one router call, in the form the kernels read.
 
-Made by `dgefx.nn.router.Router`, read by every kernel of the same block. Static shapes only: the
-number of slots per level is a Python int, equal for every image of the batch.
+Made by `dgefx.nn.router.Router`, read by every kernel of the same block. Under the per-image
+budget the number of slots per level is a Python int, equal for every image of the batch; under the
+average budget `ragged` says where the queries of every image are, and `patches` is empty.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dgefx.kernels.correction import Correction
+from dgefx.kernels.packing import Packing
 from dgefx.kernels.pool import Places
+from dgefx.kernels.ragged import Ragged
+from dgefx.kernels.stencil_tables import StencilTables
 from dgefx.kernels.window import WindowSlots
 
 
@@ -24,6 +28,7 @@ class Routing(NamedTuple):
     levels: Tensor  # (B, R) int64, level of every region, 0 = finest; raster order
     patches: tuple[Tensor | None, ...]  # per level (B, capacity) patch ids; None: no slots
     token_slot: Tensor  # (B, N) int64, slot of every grid token's patch, prefix not counted
+    # (ragged: among the packed queries of the batch, prefix tokens counted)
     means: tuple[Tensor, ...]  # per level (B, P, C) patch means; level 0 is empty (it is the input)
     patch_tokens: tuple[Tensor, ...]  # per level (P,) tokens in every patch
     token_patch: tuple[Tensor, ...]  # per level (N,) patch of every token
@@ -37,8 +42,11 @@ class Routing(NamedTuple):
     lost: Tensor | None = None  # (B, slots) input of the correction
     places: Places | None = None  # of the patch hierarchy, where the block has windows
     windows: WindowSlots | None = None  # where every query sits in its window
+    ragged: Ragged | None = None  # where the queries are, if images differ in their number
+    packing: Packing | None = None  # for the operators, where the tensors are on a GPU
+    stencils: tuple[tuple[int, StencilTables], ...] = ()  # with `packing`: per kernel size
 
     @property
     def capacities(self) -> tuple[int, ...]:
-        """Slots per level."""
+        """Slots per level, under the per-image budget."""
         return tuple(0 if p is None else p.shape[1] for p in self.patches)

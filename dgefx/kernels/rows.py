@@ -24,3 +24,11 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
     start = torch.arange(batch, device=index.device)[:, None] * rows
     flat = (index + start).reshape(-1)
     return table.reshape(batch * rows, channels).index_select(0, flat).view(batch, -1, channels)
+
+
+def spread_rows(table: Tensor, index: Tensor) -> Tensor:
+    """`gather_rows` of per-image tables (B, P, C), or of one table (1, T, C) that holds the rows
+    of all images, to (B, K, C)."""
+    if table.shape[0] == 1:
+        return table[0].index_select(0, index.flatten()).unflatten(0, index.shape)
+    return gather_rows(table, index)

@@ -15,6 +15,8 @@ from torch import Tensor
 from dgefx.kernels.island import pool_value, unpool_value
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.stencil_op import stencil
+from dgefx.kernels.taps import patch_shapes, ring_of, tap_shares
 
 
 def stencil_conv(hidden: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
@@ -29,10 +31,16 @@ def stencil_conv(hidden: Tensor, weight: Tensor, bias: Tensor | None, routing: R
         (B, C, slots, 1): for every query the mean over its patch of the convolution of the
         un-pooled `hidden`.
     """
+    tables = dict(routing.stencils).get(weight.shape[-1])
+    if routing.packing is not None and tables is not None:
+        rows = hidden.squeeze(-1).transpose(1, 2)
+        out = stencil(rows.flatten(0, 1), weight, bias, routing.packing, tables, routing.grid)
+        return out.view(rows.shape).transpose(1, 2).unsqueeze(-1)
     # uncompiled, every read would be a pass over memory of its own; in training, its backward too
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # the ring around a patch is known for patches of the image itself only
-    if needs_gradient or not torch.compiler.is_compiling() or routing.places is not None:
+    known = routing.places is None and routing.ragged is None
+    if needs_gradient or not torch.compiler.is_compiling() or not known:
         return island_conv(hidden, weight, bias, routing)
     rows = hidden.squeeze(-1).transpose(1, 2)
     return stencil_rows(rows, weight, bias, routing).transpose(1, 2).unsqueeze(-1)
@@ -75,14 +83,14 @@ def _level(
     height, width = routing.grid
     columns = -(-width // side)
     row, column = (ids // columns) * side, (ids % columns) * side
-    shapes = _patch_shapes(routing.grid, side)
+    shapes = patch_shapes(routing.grid, side)
     kinds = None
     if len(shapes) > 1:
         # clipped patches have taps of their own: which of the (at most four) shapes is this one?
         below = (height - row < side).long() * len({w for _, w in shapes})
         kinds = below + (width - column < side).long()
-    ring = _ring(side, kernel)
-    shares = torch.tensor(_tap_shares(side, kernel, tuple(shapes)), device=taps.device)
+    ring = ring_of(side, kernel)
+    shares = torch.tensor(tap_shares(side, kernel, tuple(shapes)), device=taps.device)
     coefficients = torch.einsum("rst,tc->rsc", shares.to(taps.dtype), taps)
     out = own * _pick(coefficients[0], kinds)
     offsets = torch.tensor(ring, device=ids.device) - reach  # (ring, 2)
@@ -100,37 +108,3 @@ def _level(
 def _pick(coefficient: Tensor, kinds: Tensor | None) -> Tensor:
     """(shapes, C) taps to what broadcasts with (B, slots, C)."""
     return coefficient[0] if kinds is None else coefficient[kinds]
-
-
-def _patch_shapes(grid: tuple[int, int], side: int) -> list[tuple[int, int]]:
-    """Shapes of the patches on `grid`: whole first, then clipped in x, in y, in both."""
-    heights = [side] + ([grid[0] % side] if grid[0] % side else [])
-    widths = [side] + ([grid[1] % side] if grid[1] % side else [])
-    return [(h, w) for h in heights for w in widths]
-
-
-def _ring(side: int, kernel: int) -> list[tuple[int, int]]:
-    """Positions around a patch in its (side + kernel - 1)^2 frame."""
-    frame, reach = side + kernel - 1, kernel // 2
-    own = range(reach, reach + side)
-    return [(y, x) for y in range(frame) for x in range(frame) if y not in own or x not in own]
-
-
-def _tap_shares(
-    side: int, kernel: int, shapes: tuple[tuple[int, int], ...]
-) -> list[list[list[float]]]:
-    """(1 + ring, shapes, k * k): how much of each tap reads the patch itself (first) and each
-    ring position, in the mean over the patch's tokens."""
-    reach = kernel // 2
-    ring = {position: index + 1 for index, position in enumerate(_ring(side, kernel))}
-    shares = [[[0.0] * kernel**2 for _ in shapes] for _ in range(len(ring) + 1)]
-    for shape, (height, width) in enumerate(shapes):
-        for tap in range(kernel**2):
-            down, right = divmod(tap, kernel)
-            for y in range(height):
-                for x in range(width):
-                    inside = 0 <= y + down - reach < height and 0 <= x + right - reach < width
-                    place = 0 if inside else ring.get((y + down, x + right))
-                    if place is not None:  # else beyond a clipped border, where there is nothing
-                        shares[place][shape][tap] += 1.0 / (height * width)
-    return shares

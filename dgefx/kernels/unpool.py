@@ -12,10 +12,13 @@ from torch import Tensor
 from dgefx.kernels.correction import corrected_update
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.unpool_op import unpool_add_op
 
 
 def _token_rows(routing: Routing) -> Tensor:
     """(B, prefix + N) row of every token among (prefix + slots) queries."""
+    if routing.ragged is not None:
+        return routing.ragged.row
     rows = routing.token_slot
     if not routing.prefix:
         return rows
@@ -25,7 +28,10 @@ def _token_rows(routing: Routing) -> Tensor:
 
 def unpool(queries: Tensor, routing: Routing) -> Tensor:
     """(B, prefix + slots, C) queries to (B, prefix + N, C) tokens by copying each to its patch."""
-    return gather_rows(queries, _token_rows(routing))
+    rows = _token_rows(routing)
+    if routing.ragged is not None:
+        return queries.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return gather_rows(queries, rows)
 
 
 def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routing) -> Tensor:
@@ -39,9 +45,22 @@ def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routin
     Returns:
         (B, prefix + N, C).
     """
+    if routing.packing is not None:
+        gate = routing.gate
+        if gate is not None and routing.ragged is None:
+            gate = F.pad(gate, (routing.prefix, 0), value=1.0)
+        rows = unpool_add_op(
+            tokens.flatten(0, 1),
+            queries.flatten(0, 1),
+            updated.flatten(0, 1),
+            None if gate is None else gate.flatten(),
+            routing.packing,
+        )
+        return rows.view(tokens.shape)
     update = updated - queries
     if routing.gate is not None:
-        gate = F.pad(routing.gate, (routing.prefix, 0), value=1.0)
+        front = 0 if routing.ragged is not None else routing.prefix
+        gate = F.pad(routing.gate, (front, 0), value=1.0)
         update = update * gate.unsqueeze(-1).to(update.dtype)
     return tokens + unpool(update, routing)
 
@@ -57,7 +76,7 @@ def corrected(output: Tensor, tokens: Tensor, queries: Tensor, routing: Routing)
     prefix = routing.prefix
     correction = corrected_update(
         tokens[:, prefix:],
-        queries[:, prefix:],
+        queries if routing.ragged is not None else queries[:, prefix:],
         routing.lost,
         routing.token_slot,
         routing.correction,

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgefx.kernels.pool import Places, patch_sums
-from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.ragged import Ragged
+from dgefx.kernels.rows import gather_rows, spread_rows
 
 
 class WindowTables(NamedTuple):
@@ -37,7 +38,7 @@ class WindowSlots(NamedTuple):
     """Where the queries of one call are. S slots per window, w windows per image."""
 
     query: Tensor  # (B, w * S) packed query in every slot; any, where the slot is idle
-    slot: Tensor  # (B, slots) place among w * S of every packed query
+    slot: Tensor  # (B, slots) place among w * S of every packed query; ragged: (T,) among B * w * S
     row: Tensor | None  # (B, w * S) table row of every slot; None: slots are rows
     total: int  # S
     windows: tuple[int, int]  # rows, columns; w = rows * columns
@@ -63,27 +64,92 @@ def window_slots(
         fixed: a slot for every row, see the module docstring.
     """
     levels = tuple(level for level, ids in enumerate(patches) if ids is not None)
+    parts = []
+    for level, place in zip(levels, _places(tables, levels), strict=True):
+        ids = patches[level]
+        assert ids is not None
+        parts.append(place[ids])
+    query = _queries_of_rows(tables, patch_slot, levels)
+    place = torch.cat(parts, 1)
+    if fixed or query.shape[1] <= windows[0] * windows[1] * size[0] * size[1]:
+        rows = query.shape[1] // (windows[0] * windows[1])
+        query = query.clamp(min=0)
+        return WindowSlots(query, place, None, rows, windows, size, levels, sides, tables)
+    query, row, target = _close_up(query, windows, size)
+    slot = target.gather(1, place).clamp(min=0)  # idle queries read any slot
+    return WindowSlots(query, slot, row, size[0] * size[1], windows, size, levels, sides, tables)
+
+
+def ragged_window_slots(
+    tables: WindowTables,
+    ragged: Ragged,
+    used: Sequence[bool],
+    windows: tuple[int, int],
+    size: tuple[int, int],
+    sides: tuple[int, ...],
+    fixed: bool,
+) -> WindowSlots:
+    """`window_slots` of a ragged routing without prefix tokens.
+
+    Args:
+        used: per level, whether any image may have it.
+    """
+    levels = tuple(level for level, is_used in enumerate(used) if is_used)
+    found = dict(zip(levels, _places(tables, levels), strict=True))
+    counts = [window.shape[0] for window in tables.window]
+    by_level = ragged.patch_row.split(counts, 1)
+    query = _queries_of_rows(tables, torch.cat([by_level[level] for level in levels], 1), levels)
+    place_of = torch.cat(
+        [
+            found[level] if level in found else torch.zeros_like(window)
+            for level, window in enumerate(tables.window)
+        ]
+    )
+    # among the rows of all windows of all images
+    place = ragged.image * query.shape[1] + place_of[ragged.patch.clamp(min=0)]
+    if fixed or query.shape[1] <= windows[0] * windows[1] * size[0] * size[1]:
+        rows = query.shape[1] // (windows[0] * windows[1])
+        query = query.clamp(min=0)
+        return WindowSlots(query, place, None, rows, windows, size, levels, sides, tables)
+    query, row, target = _close_up(query, windows, size)
+    held = torch.arange(target.shape[0], device=target.device)[:, None] * query.shape[1]
+    slot = (target + held).flatten()[place].clamp(min=0, max=query.numel() - 1)
+    return WindowSlots(query, slot, row, size[0] * size[1], windows, size, levels, sides, tables)
+
+
+def _places(tables: WindowTables, levels: Sequence[int]) -> list[Tensor]:
+    """Per level (P,): place of every patch among the rows of all windows."""
     rows = sum(tables.local[level].shape[0] for level in levels)
-    columns, places = [], []
-    start = offset = 0
+    found, offset = [], 0
+    for level in levels:
+        found.append(tables.window[level] * rows + tables.number[level] + offset)
+        offset += tables.local[level].shape[0]
+    return found
+
+
+def _queries_of_rows(tables: WindowTables, patch_slot: Tensor, levels: Sequence[int]) -> Tensor:
+    """(B, w * rows) the query of every row of every window, -1 where there is none."""
+    columns, start = [], 0
     for level in levels:
         # a slot of padding points past all patches
         members = tables.members[level]
         columns.append(torch.where(members < 0, patch_slot.shape[1], members + start))
-        place = tables.window[level] * rows + tables.number[level] + offset
-        ids = patches[level]
-        assert ids is not None
-        places.append(place[ids])
         start += tables.window[level].shape[0]
-        offset += tables.local[level].shape[0]
-    place = torch.cat(places, 1)  # (B, slots) among w * rows
     known = F.pad(patch_slot, (0, 1), value=-1)
-    query = known[:, torch.cat(columns, 1).flatten()]  # (B, w * rows)
+    return known[:, torch.cat(columns, 1).flatten()]
+
+
+def _close_up(
+    query: Tensor, windows: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As many slots per window as tokens, from one per row.
+
+    Returns:
+        (B, w * S) query in every slot, (B, w * S) its row, (B, w * rows) slot of every row.
+    """
     count = size[0] * size[1]
-    if fixed or rows <= count:
-        query = query.clamp(min=0)
-        return WindowSlots(query, place, None, rows, windows, size, levels, sides, tables)
-    active = query.view(query.shape[0], -1, rows) >= 0
+    active = query.view(query.shape[0], windows[0] * windows[1], -1) >= 0
+    rows = active.shape[2]
     rank = active.long().cumsum(2) - 1
     window = torch.arange(active.shape[1], device=query.device)[:, None]
     target = (window * count + rank).flatten(1)
@@ -92,17 +158,7 @@ def window_slots(
     packed = query * rows + torch.arange(rows, device=query.device).repeat(active.shape[1])
     table = torch.zeros((query.shape[0], held + 1), dtype=torch.int64, device=query.device)
     table = table.scatter(1, torch.where(active.flatten(1), target, held), packed)[:, :held]
-    return WindowSlots(
-        table // rows,
-        target.gather(1, place).clamp(min=0),  # idle queries read any slot
-        table % rows,
-        count,
-        windows,
-        size,
-        levels,
-        sides,
-        tables,
-    )
+    return table // rows, table % rows, target
 
 
 class WindowAxes(NamedTuple):
@@ -136,8 +192,8 @@ def to_slots(value: Tensor, slots: WindowSlots, axes: AxesLike) -> Tensor:
     """
     axes = WindowAxes(*axes)
     rows, rest, names = _rows(value, axes)
-    images = rows.shape[0]
-    placed = gather_rows(rows, slots.query)
+    images = slots.query.shape[0]
+    placed = spread_rows(rows, slots.query)
     count = slots.windows[0] * slots.windows[1]
     placed = placed.view(images, count, slots.total, *rest)
     return _arrange(placed, names, slots.windows, slots.total, axes)
@@ -179,7 +235,12 @@ def from_slots(value: Tensor, slots: WindowSlots, axes: AxesLike) -> Tensor:
         shape.append(1)
     table = value.reshape(shape).permute(lead["batch"], lead["window"], lead["slot"], *rest)
     kept = table.shape[3:]
-    packed = gather_rows(table.reshape(images, count * slots.total, -1), slots.slot)
+    if slots.slot.dim() == 1:
+        packed = table.reshape(images * count * slots.total, -1)
+        packed = packed.index_select(0, slots.slot).unsqueeze(0)
+        images = 1
+    else:
+        packed = gather_rows(table.reshape(images, count * slots.total, -1), slots.slot)
     names = ["inner"] if axes.inner > 1 else []
     names += ["rest"] * (len(kept) - len(names))
     count = packed.shape[1]
@@ -201,9 +262,9 @@ def repack(value: Tensor, source: AxesLike, target: AxesLike, rest: Sequence[int
     return _arrange(shaped, names, (1, 1), rows.shape[1], target)
 
 
-def image_count(tokens: Tensor, inner: int) -> int:
+def image_count(queries: Tensor, inner: int) -> int:
     """Size of a packed value's image axis."""
-    return tokens.shape[0] * inner
+    return queries.shape[0] * inner
 
 
 def lead_count(tokens: Tensor, slots: WindowSlots, merged: bool, inner: int) -> int:

@@ -11,15 +11,26 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgefx.config import DGEConfig
-from dgefx.kernels.allocate import allocate_levels, allocate_nested, assign_slots
+from dgefx.kernels.allocate import (
+    allocate_levels,
+    allocate_nested,
+    assign_slots,
+    assign_slots_on_gpu,
+)
+from dgefx.kernels.batch_budget import demote, share_levels, share_nested
 from dgefx.kernels.correction import Correction, mean_features
+from dgefx.kernels.dispatch import takes_triton
+from dgefx.kernels.packing import Members, image_members, ragged_packing, static_packing
 from dgefx.kernels.pool import Places, patch_means, patch_sums, pool, sum_children
+from dgefx.kernels.ragged import Ragged, assign_ragged, level_counts
 from dgefx.kernels.routing import Routing
-from dgefx.kernels.rows import gather_rows
-from dgefx.kernels.window import WindowTables, window_slots
+from dgefx.kernels.rows import spread_rows
+from dgefx.kernels.stencil_tables import StencilTables, stencil_tables
+from dgefx.kernels.window import WindowTables, ragged_window_slots, window_slots
 from dgefx.nn.capacity import Plan, rescale
 from dgefx.nn.detail import importance_logits, nested_gains, patch_energies, region_gains
 from dgefx.nn.hierarchy import (
@@ -74,6 +85,7 @@ class Router(nn.Module):
         order: the block's own layout of the stream, for those who look at its output.
         windows: how the block's attention partitions the grid, if it does.
         fixed_slots: whether its windows need a slot for every patch, see `dgefx.kernels.window`.
+        stencils: kernel sizes of the block's depthwise convolutions.
 
     Attributes:
         importance: (C,) or None; fitted by `dgefx.calibrate`, weighs the detail of a region.
@@ -94,6 +106,7 @@ class Router(nn.Module):
         order: str = "BNC",
         windows: WindowRule | None = None,
         fixed_slots: bool = False,
+        stencils: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         self.windows = windows
@@ -109,6 +122,18 @@ class Router(nn.Module):
             tables = level_tables(space, side, config.region_side, torch.device("cpu"))
             for name, table in zip(LevelTables._fields, tables, strict=True):
                 self.register_buffer(f"{name}_{level}", table, persistent=False)
+        held = self.tables(grid, torch.device("cpu"))
+        counts = [table.patch_region.shape[0] for table in held]
+        start, token, self._longest = image_members(
+            [table.token_patch for table in held], counts, prefix
+        )
+        self.register_buffer("member_start", start, persistent=False)
+        self.register_buffer("member_token", token, persistent=False)
+        self._stencils = tuple(sorted(stencils)) if windows is None and not prefix else ()
+        for kernel in self._stencils:
+            found = stencil_tables(grid, config.granularities, kernel)
+            for name, table in zip(StencilTables._fields, found, strict=True):
+                self.register_buffer(f"stencil_{kernel}_{name}", table.clone(), persistent=False)
         self._window_names: tuple[str, ...] = ()
         if isinstance(space, Tiling):
             self._register_windows(space)
@@ -167,10 +192,17 @@ class Router(nn.Module):
             )
             if used
         ]
+        if self.asks and plan.capacities[0] < sum(plan.capacities):
+            rows = [table.numel() for table in self._slot_tables(space, self.device).local]
         per_window = sum(rows)
         if not self.has_fixed_slots:
             per_window = min(per_window, len(space.rows.places) * len(space.columns.places))
         return per_window * space.windows[0] * space.windows[1]
+
+    @property
+    def asks(self) -> bool:
+        """Whether regions take the level that the gate gives them, whatever the plan."""
+        return self.config.packs and self.gate is not None
 
     def _existing(self, grid: tuple[int, int], device: torch.device) -> list[Tensor | None]:
         """Per level, which patches hold tokens; None where all do."""
@@ -208,6 +240,29 @@ class Router(nn.Module):
             ]
         space = self.space(grid)
         return [level_tables(space, side, self.config.region_side, device) for side in sides]
+
+    def members(self, grid: tuple[int, int], tables: list[LevelTables]) -> Members:
+        """Tokens of every patch, prefix tokens counted: buffers at the converted size."""
+        if grid == self.grid:
+            start, token = (cast(Tensor, getattr(self, f"member_{n}")) for n in ("start", "token"))
+            return Members(start, token, self._longest)
+        counts = [table.patch_region.shape[0] for table in tables]
+        return image_members([table.token_patch for table in tables], counts, self.prefix)
+
+    def stencils(
+        self, grid: tuple[int, int], device: torch.device
+    ) -> tuple[tuple[int, StencilTables], ...]:
+        """Per kernel size, the tables of the block's depthwise convolutions."""
+        found = []
+        for kernel in self._stencils:
+            if grid == self.grid:
+                names = (f"stencil_{kernel}_{name}" for name in StencilTables._fields)
+                tables = StencilTables(*(cast(Tensor, getattr(self, name)) for name in names))
+            else:
+                built = stencil_tables(grid, self.config.granularities, kernel)
+                tables = StencilTables(*(table.to(device) for table in built))
+            found.append((kernel, tables))
+        return tuple(found)
 
     def _build_nested(
         self, level: int, grid: tuple[int, int], device: torch.device
@@ -333,9 +388,12 @@ class Router(nn.Module):
         tables = self.tables(routing.grid, tokens.device)
         sums = self._sums(tokens, routing.grid)
         energies = patch_energies(sums, self._patch_counts(tables, routing.grid))
-        lost = self._lost_shares(energies, routing.patches)
-        queries = pool(tokens, routing)[:, self.prefix :]
-        spread = gather_rows(
+        if routing.ragged is not None:
+            lost, queries = self._lost_ragged(energies, routing.ragged), pool(tokens, routing)
+        else:
+            lost = self._lost_shares(energies, routing.patches)
+            queries = pool(tokens, routing)[:, self.prefix :]
+        spread = spread_rows(
             torch.cat([mean_features(queries, lost), queries], -1), routing.token_slot
         )
         features, mean = spread[..., : self.channels + 1], spread[..., self.channels + 1 :]
@@ -355,9 +413,33 @@ class Router(nn.Module):
         if grid != self.grid:
             plan = rescale(plan, self.space(self.grid), self.space(grid), self.config)
         scores = self.scores(tokens, grid)
+        if self.asks:
+            return self._ask(tokens, grid, scores, plan)
         with torch.no_grad():
             levels = self._allocate(self.gains(scores, grid), scores.tables, plan, grid)
-        return self._routing(tokens, grid, scores, levels, plan)
+        total = tokens.shape[0] * (self.prefix + plan.slots)
+        return self._routing(tokens, grid, scores, levels, plan, total)
+
+    def _ask(self, tokens: Tensor, grid: tuple[int, int], scores: Scores, plan: Plan) -> Routing:
+        """Every region at its gate's arg max (paper, section 3.2), within the capacity."""
+        images, logits = tokens.shape[0], scores.logits
+        assert logits is not None
+        if not any(plan.capacities[1:]):  # the finest plan is the dense model, whatever the gate
+            levels = torch.zeros_like(logits[..., 0], dtype=torch.int64)
+            total = images * (self.prefix + plan.slots)
+            return self._routing(tokens, grid, scores, levels, plan, total)
+        costs = [table.region_cost for table in scores.tables]
+        with torch.no_grad():
+            levels = logits.argmax(-1)
+            if self.config.capacity is None:
+                count = int(level_counts(levels, costs).sum())
+                torch._check(count > 0)
+                total = images * self.prefix + count
+            else:
+                steps = (logits[..., :-1] - logits[..., 1:]).float()
+                levels = demote(levels, steps, costs, images * plan.slots)
+                total = images * (self.prefix + plan.slots)
+        return self._routing(tokens, grid, scores, levels, plan, total)
 
     def _allocate(
         self, gains: list[Tensor], tables: list[LevelTables], plan: Plan, grid: tuple[int, int]
@@ -366,17 +448,20 @@ class Router(nn.Module):
         if not gains:
             regions = tables[0].region_cost.shape[0]
             return torch.zeros((1, regions), dtype=torch.int64, device=tables[0].region_cost.device)
+        packs = self.config.packs
         if self.config.routing_mode != "nested":
             costs = [t.region_cost for t in tables]
             stacked = torch.stack(gains, -1)
-            return allocate_levels(stacked, costs, plan.capacities, self._uniform_costs(grid))
+            by_region = share_levels if packs else allocate_levels
+            return by_region(stacked, costs, plan.capacities, self._uniform_costs(grid))
         nested = self.nested_tables(grid, gains[0].device)
         space = self.space(grid)
         uniform = [
             (coarse // fine) ** 2 if divides(space, coarse) else None
             for fine, coarse in pairwise(sides)
         ]
-        return allocate_nested(
+        by_patch = share_nested if packs else allocate_nested
+        return by_patch(
             gains,
             [t.children for t in nested],
             [t.parents for t in nested],
@@ -397,13 +482,11 @@ class Router(nn.Module):
         """
         grid = self.grid if grid is None else grid
         scores = self.scores(tokens, grid)
-        needed = [
-            int(torch.where(levels == level, table.region_cost, 0).sum(1).max())
-            for level, table in enumerate(scores.tables)
-        ]
-        return self._routing(
-            tokens, grid, scores._replace(logits=None), levels, Plan(tuple(needed))
-        )
+        levels = levels.expand(tokens.shape[0], -1)
+        counts = level_counts(levels, [table.region_cost for table in scores.tables])
+        needed = Plan(tuple(int(most) for most in counts.amax(0)))
+        total = tokens.shape[0] * self.prefix + int(counts.sum())
+        return self._routing(tokens, grid, scores._replace(logits=None), levels, needed, total)
 
     def _uniform_costs(self, grid: tuple[int, int]) -> list[int | None]:
         region, space = self.config.region_side, self.space(grid)
@@ -457,6 +540,19 @@ class Router(nn.Module):
             parts.append(lost.clamp(0.0, 1.0).flatten(1).gather(1, ids))
         return torch.cat(parts, 1)
 
+    def _lost_ragged(self, energies: list[Tensor], ragged: Ragged) -> Tensor:
+        """(1, T): `_lost_shares` of packed queries."""
+        whole = energies[0]
+        count = ragged.row.shape[1] - self.prefix
+        parts = [whole.new_zeros((whole.shape[0], count))]
+        sides = self.config.granularities
+        for level in range(1, len(sides)):
+            whole = sum_children(whole, sides[level] // sides[level - 1])
+            lost = 1.0 - energies[level] / whole.clamp(min=1e-12)
+            parts.append(lost.clamp(0.0, 1.0).flatten(1))
+        shares = F.pad(torch.cat(parts, 1), (self.prefix, 0))
+        return shares.flatten().index_select(0, ragged.flat()).unsqueeze(0)
+
     def _routing(
         self,
         tokens: Tensor,
@@ -464,11 +560,85 @@ class Router(nn.Module):
         scores: Scores,
         levels: Tensor,
         plan: Plan,
+        total: int,
     ) -> Routing:
-        tables, sums, logits = scores.tables, scores.sums, scores.logits
         levels = levels.expand(tokens.shape[0], -1)
+        if self.config.packs:
+            routing = self._ragged_routing(tokens, grid, scores, levels, plan, total)
+        else:
+            routing = self._static_routing(tokens, grid, scores, levels, plan)
+        if any(plan.capacities[1:]) and self.correction is not None and scores.energies is not None:
+            with torch.no_grad():
+                if routing.ragged is not None:
+                    lost = self._lost_ragged(scores.energies, routing.ragged)
+                else:
+                    lost = self._lost_shares(scores.energies, routing.patches)
+            return routing._replace(correction=self.correction, lost=lost)
+        return routing
+
+    def _ragged_routing(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        scores: Scores,
+        levels: Tensor,
+        plan: Plan,
+        total: int,
+    ) -> Routing:
+        tables, space = scores.tables, self.space(grid)
+        ragged = assign_ragged(
+            levels,
+            [t.patch_region for t in tables],
+            [t.token_patch for t in tables],
+            [t.region_cost for t in tables],
+            self._existing(grid, tokens.device),
+            self.prefix,
+            total,
+        )
+        windows = None
+        if isinstance(space, Tiling):
+            mixed = self.asks and plan.capacities[0] < plan.slots
+            windows = ragged_window_slots(
+                self._slot_tables(space, tokens.device),
+                ragged,
+                [mixed or capacity > 0 for capacity in plan.capacities],
+                space.windows,
+                (len(space.rows.places), len(space.columns.places)),
+                self.config.granularities,
+                self.has_fixed_slots,
+            )
+        gate = None
+        if scores.logits is not None and self.training and torch.is_grad_enabled():
+            regions = torch.cat([t.patch_region for t in tables])
+            patch = (ragged.patch - self.prefix).clamp(min=0)
+            chosen = _certainty(scores.logits, levels)
+            own = chosen.flatten()[ragged.image * levels.shape[1] + regions[patch]]
+            gate = torch.where(ragged.patch < self.prefix, 1.0, own).unsqueeze(0)
+        packing = None
+        if takes_triton(tokens):
+            packing = ragged_packing(ragged, self.members(grid, tables))
+        return self._gathered_routing(tokens, grid, scores, levels)._replace(
+            token_slot=ragged.row[:, self.prefix :],
+            gate=gate,
+            windows=windows,
+            ragged=ragged,
+            packing=packing,
+            stencils=() if packing is None else self.stencils(grid, tokens.device),
+        )
+
+    def _static_routing(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        scores: Scores,
+        levels: Tensor,
+        plan: Plan,
+    ) -> Routing:
+        tables, logits = scores.tables, scores.logits
         space, sides = self.space(grid), self.config.granularities
-        patches, token_slot, patch_slot = assign_slots(
+        on_gpu = takes_triton(tokens)
+        assign = assign_slots_on_gpu if on_gpu else assign_slots
+        patches, token_slot, patch_slot, ids = assign(
             levels,
             [t.patch_region for t in tables],
             [t.token_patch for t in tables],
@@ -482,37 +652,52 @@ class Router(nn.Module):
             windows = window_slots(
                 found, patches, patch_slot, space.windows, size, sides, self.has_fixed_slots
             )
-        means = [tokens[:, :0]]
-        for level, side in enumerate(sides[1:], 1):
-            count = side**2 if divides(space, side) else tables[level].patch_tokens
-            means.append(patch_means(sums[level], count, tokens.dtype))
         gate = None
         if logits is not None and self.training and torch.is_grad_enabled():
             gate = _straight_through(logits, levels, patches, tables)
-        correction = lost = None
-        if any(plan.capacities[1:]):
-            correction = self.correction
-        if correction is not None and scores.energies is not None:
-            with torch.no_grad():
-                lost = self._lost_shares(scores.energies, patches)
-        return Routing(
-            levels=levels,
+        packing = None
+        if on_gpu and ids is not None:
+            members = self.members(grid, tables)
+            packing = static_packing(ids, token_slot, self.prefix, members)
+        return self._gathered_routing(tokens, grid, scores, levels)._replace(
             patches=patches,
             token_slot=token_slot,
+            gate=gate,
+            windows=windows,
+            packing=packing,
+            stencils=() if packing is None else self.stencils(grid, tokens.device),
+        )
+
+    def _gathered_routing(
+        self, tokens: Tensor, grid: tuple[int, int], scores: Scores, levels: Tensor
+    ) -> Routing:
+        """What both budget modes have; the caller fills in where the queries are."""
+        tables, space = scores.tables, self.space(grid)
+        means = [tokens[:, :0]]
+        for level, side in enumerate(self.config.granularities[1:], 1):
+            count = side**2 if divides(space, side) else tables[level].patch_tokens
+            means.append(patch_means(scores.sums[level], count, tokens.dtype))
+        return Routing(
+            levels=levels,
+            patches=(),
+            token_slot=levels,
             means=tuple(means),
             patch_tokens=tuple(t.patch_tokens for t in tables),
             token_patch=tuple(t.token_patch for t in tables),
             token_region=tables[0].patch_region,
-            gate=gate,
+            gate=None,
             grid=grid,
             prefix=self.prefix,
             granularities=self.config.granularities,
             region=self.config.region_side,
-            correction=correction,
-            lost=lost,
             places=self.places(grid, tokens.device),
-            windows=windows,
         )
+
+
+def _certainty(logits: Tensor, levels: Tensor) -> Tensor:
+    """(B, R) ones whose gradient is that of the chosen level's probability (paper, eq. 6)."""
+    chosen = logits.softmax(-1).gather(2, levels.unsqueeze(-1)).squeeze(-1)
+    return 1.0 + chosen - chosen.detach()
 
 
 def _straight_through(
@@ -521,9 +706,8 @@ def _straight_through(
     patches: tuple[Tensor | None, ...],
     tables: list[LevelTables],
 ) -> Tensor:
-    """(B, slots) ones whose gradient is that of the chosen level's probability (paper, eq. 6)."""
-    chosen = logits.softmax(-1).gather(2, levels.unsqueeze(-1)).squeeze(-1)  # (B, R)
-    one = 1.0 + chosen - chosen.detach()
+    """(B, slots) `_certainty` of every slot's region."""
+    one = _certainty(logits, levels)
     parts = []
     for table, ids in zip(tables, patches, strict=True):
         if ids is not None:

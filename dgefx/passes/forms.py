@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dgefx.passes.chance import WithoutChance
 from dgefx.passes.cores import map_sources
 from dgefx.passes.form import Form, Probe, stream_form
 from dgefx.passes.grid import Layout
@@ -65,11 +66,13 @@ class FormFinder:
         return self.windows.partition is not None
 
     def _execute(self, node: fx.Node, args: Any, kwargs: Any, index: int) -> Any:
-        if self.trace.root.training:
-            torch.manual_seed(index)  # dropout draws the same mask in every run
         if node.op == "call_method" and str(node.target).endswith("_"):
             args = (args[0].clone(), *args[1:])  # the fill of a fresh tensor
-        return run_node(node, self.trace.root, args, kwargs)
+        if not self.trace.root.training:
+            return run_node(node, self.trace.root, args, kwargs)
+        torch.manual_seed(index)
+        with WithoutChance():
+            return run_node(node, self.trace.root, args, kwargs)
 
     def _run_base(self, inputs: dict[fx.Node, Any]) -> None:
         for index, node in enumerate(self.trace.graph.nodes):

@@ -40,6 +40,7 @@ class BlockPlan:
     exact_at_any_level: bool  # on patch-constant input: no positional tables, stencils, islands
     windows: WindowRule | None  # how its attention partitions the grid
     fixed_slots: bool  # see `dgefx.kernels.window`
+    stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
 
     def space(self, config: DGEConfig) -> Grid:
         """What the block's patch hierarchy is built on, at the converted size."""
@@ -60,14 +61,24 @@ def _stream_placeholder(traced: Trace, layout: Layout, shape: tuple[int, ...]) -
 
 
 def _split(
-    block: nn.Module, spec: CallSpec, layout: Layout, shape: tuple[int, ...], training: bool
+    block: nn.Module,
+    spec: CallSpec,
+    layout: Layout,
+    shape: tuple[int, ...],
+    packs: bool,
+    training: bool,
 ) -> SplitBlock:
     traced = trace(block, spec, training)
-    return split(traced, _stream_placeholder(traced, layout, shape), layout)
+    return split(traced, _stream_placeholder(traced, layout, shape), layout, packs)
 
 
 def plan_block(
-    block: nn.Module, name: str, call: Call, layout: Layout, shape: tuple[int, ...]
+    block: nn.Module,
+    name: str,
+    call: Call,
+    layout: Layout,
+    shape: tuple[int, ...],
+    packs: bool = False,
 ) -> BlockPlan:
     """Trace and split one block in both modes.
 
@@ -76,6 +87,7 @@ def plan_block(
         name: for the report and the generated code's label.
         call: (args, kwargs) of the example run, at least two images.
         layout: of the block's stream. shape: of the block's stream.
+        packs: whether the queries of a batch are packed, see `passes.split`.
 
     Raises:
         Refused, TraceError: the reason why the block stays dense.
@@ -83,8 +95,8 @@ def plan_block(
     if "forward" in vars(block):
         raise Refused("its forward is patched on the instance")
     spec = CallSpec.of(block, *call)
-    evaluated = _split(block, spec, layout, shape, training=False)
-    trained = _split(block, spec, layout, shape, training=True)
+    evaluated = _split(block, spec, layout, shape, packs, training=False)
+    trained = _split(block, spec, layout, shape, packs, training=True)
     if evaluated.windows != trained.windows:
         raise Refused("its windows differ between eval and train mode")
     constants = dict(evaluated.constants)
@@ -105,6 +117,7 @@ def plan_block(
         exact_at_any_level=not (evaluated.positional or evaluated.mixing),
         windows=evaluated.windows,
         fixed_slots=evaluated.fixed_slots or trained.fixed_slots,
+        stencils=evaluated.stencils | trained.stencils,
     )
 
 
@@ -127,6 +140,7 @@ def build_block(
         layout.order,
         plan.windows,
         plan.fixed_slots,
+        plan.stencils,
     )
     router.train(dense.training)
     parameter = next(dense.parameters(), None)

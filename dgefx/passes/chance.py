@@ -1,0 +1,33 @@
+"""Train mode without chance, for the passes that compare values.
+
+Where everything was dropped, nothing is seen of how a value holds tokens (`passes.forms`). And
+packed queries, in the order of windows or of images, draw other numbers than the dense block's
+tokens do from the same seed; without chance both must be equal (`passes.verify`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+
+class WithoutChance(TorchFunctionMode):
+    """Dropout that drops nothing, drop path that drops no image."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if "dropout" in name and name != "dropout_":
+            return args[0] if args else kwargs["input"]
+        if name == "bernoulli_":
+            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            return args[0].fill_(chance)
+        if name in ("rand", "rand_like"):
+            return func(*args, **kwargs).fill_(1.0 - 1e-6)
+        if name == "scaled_dot_product_attention":
+            kwargs["dropout_p"] = 0.0
+            args = args[:4]
+        return func(*args, **kwargs)

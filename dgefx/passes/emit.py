@@ -1,0 +1,648 @@
+"""Pass 5b, emit: the new graph, written in one walk over the old one.
+
+Route and pool the stream, run the context world on all tokens and the query world on the queries,
+un-pool the update. `passes.split` decides whether a block can be written at all and checks its
+attention; `passes.emit_packed` is this for queries that are packed over a batch.
+
+Windows: queries stay packed per image wherever an operation is tokenwise, so the movement of
+tokens between image and windows is dropped; around the attention, and where a table has an entry
+per slot of a window, they take fixed slots in their windows.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dgefx.kernels.constants import gather_constant
+from dgefx.kernels.island import pool_value, unpool_value
+from dgefx.kernels.layout import (
+    from_tokens,
+    queries_as_stream,
+    query_count,
+    to_tokens,
+)
+from dgefx.kernels.pool import pool, pool_onto
+from dgefx.kernels.projection import arrange_projection, weight_rows
+from dgefx.kernels.stencil import stencil_conv
+from dgefx.kernels.unpool import corrected, unpool_add
+from dgefx.kernels.window import (
+    from_slots,
+    image_count,
+    lead_count,
+    pool_line,
+    pool_rows,
+    pool_slots,
+    repack,
+    slot_count,
+    to_slots,
+)
+from dgefx.nn.block import resolve_grid
+from dgefx.nn.windows import WindowRule
+from dgefx.passes.cores import map_sources
+from dgefx.passes.form import MOVES, Form, size_inputs
+from dgefx.passes.forms import FormFinder
+from dgefx.passes.grid import Layout
+from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
+from dgefx.passes.projections import FusedProjection, Part, linear_operands
+from dgefx.passes.slots import SlotChooser, axis_sizes, einsum_tables
+from dgefx.passes.trace import HOOKED, Trace
+from dgefx.passes.worlds import Refused, Worlds
+
+_CONSTANT_PREFIX = "dge_constants"
+
+
+@dataclass
+class SplitBlock:
+    """The rewritten graph, and what it needs besides the block itself.
+
+    positional: whether tables with a query axis take part. mixing: whether stencils or islands do.
+    windows: how the block partitions the grid, None if it does not. fixed_slots: whether a table
+    meets queries otherwise than by broadcasting, see `dgefx.kernels.window`. stencils: kernel sizes
+    of its depthwise convolutions.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    needs_grid_shape: bool
+    positional: bool
+    mixing: bool
+    windows: WindowRule | None
+    fixed_slots: bool
+    stencils: frozenset[int]
+
+
+class _Moving:
+    """Stands for what the query world does not have: tokens between the image and windows."""
+
+
+_MOVING = _Moving()
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    """Everything inside nested arguments."""
+    if isinstance(arguments, dict):
+        arguments = list(arguments.values())
+    if isinstance(arguments, (tuple, list)):
+        return [leaf for part in arguments for leaf in _leaves(part)]
+    if isinstance(arguments, slice):
+        return _leaves((arguments.start, arguments.stop, arguments.step))
+    return [arguments]
+
+
+class Splitter:
+    """Emits the new graph in one walk over the old one."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        worlds: Worlds,
+        finder: FormFinder,
+        layout: Layout,
+        fused: list[FusedProjection],
+    ) -> None:
+        self.trace, self.worlds, self.layout = trace, worlds, layout
+        self.finder, self.forms = finder, finder.forms
+        self.fused = fused
+        self.graph = fx.Graph()
+        self.query: dict[fx.Node, Any] = {}  # packed
+        self.slotted: dict[fx.Node, Any] = {}  # in fixed slots of windows
+        self.in_slots = SlotChooser(trace, worlds, finder).choose()
+        self.uses_windows = finder.windowed or bool(self.in_slots)
+        self.context: dict[fx.Node, Any] = {}
+        self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
+        self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
+        self.constant_names: dict[str, str] = {}
+        self.stencils: set[int] = set()
+
+    # -- prologue, walk, epilogue ------------------------------------------------------------
+
+    def run(self) -> SplitBlock:
+        nodes = list(self.trace.graph.nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.context[node] = self.graph.placeholder(str(node.target))
+        self._prologue()
+        for node in nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node in self.worlds.context:
+                self.context[node] = self._emit_context(node)
+            if node in self.worlds.pooled:
+                self._pool_again(node)
+            elif node in self.worlds.query:
+                emitted = self._emit_query(node)
+                (self.slotted if node in self.in_slots else self.query)[node] = emitted
+            if node in self.worlds.materialised:
+                self.context[node] = self._materialise(node)
+        self._epilogue(nodes[-1])
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        self.graph.lint()
+        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        constants = {
+            new.split(".", 1)[1]: self.trace.constants[old].detach().clone()
+            for old, new in self.constant_names.items()
+            if new in used
+        }
+        return SplitBlock(
+            self.graph,
+            constants,
+            self.needs_grid_shape,
+            self.positional,
+            self.mixing,
+            self.finder.windows.rule() if self.uses_windows else None,
+            self.fixed_slots,
+            frozenset(self.stencils),
+        )
+
+    def _prologue(self) -> None:
+        call, order = self.graph.call_function, self.layout.order
+        stream = self.context[self.worlds.stream]
+        self.tokens = call(to_tokens, (stream, order))
+        self.grid = self._grid(stream)
+        self.routing = self.graph.call_module("dge_router", (self.tokens, self.grid))
+        self.queries = call(pool, (self.tokens, self.routing))
+        self.query[self.worlds.stream] = call(queries_as_stream, (self.queries, order))
+        #: what updates add up on: the stream, or the main path's last value that replaced it
+        self.base = (self.tokens, self.queries)
+        self.windows = call(getattr, (self.routing, "windows"))
+
+    def _grid(self, stream: fx.Node) -> Any:
+        """(H, W) of the running call: from the stream, the block's arguments, or the model."""
+        call, order = self.graph.call_function, self.layout.order
+        if order in ("BHWC", "BCHW"):
+            axes = (1, 2) if order == "BHWC" else (2, 3)
+            return tuple(self.graph.call_method("size", (stream, axis)) for axis in axes)
+        pair = size_inputs(self.trace, self.layout)
+        if pair is not None:
+            return (self.context[pair[0]], self.context[pair[1]])
+        self.needs_grid_shape = True
+        count = self.graph.call_method("size", (self.tokens, 1))
+        if self.layout.prefix:
+            count = call(operator.sub, (count, self.layout.prefix))
+        shape = self.graph.create_node("get_attr", "dge_grid_shape")
+        return call(resolve_grid, (shape, count))
+
+    def _order(self, node: fx.Node) -> str:
+        """The layout of a main path value."""
+        form, rank = self.forms[node], len(self._shape(node))
+        orders: dict[tuple[Any, ...], str] = {
+            ("tokens", (1,), 0, 3): "BNC",
+            ("tokens", (0,), 1, 3): "NBC",
+            ("tokens", (2,), 0, 3): "BCN",
+            ("grid", (1, 2), 0, 4): "BHWC",
+            ("grid", (2, 3), 0, 4): "BCHW",
+        }
+        order = orders.get((form.kind, form.axes, form.batch, rank))
+        if order is not None and form.prefix == (self.layout.prefix > 0):
+            return order
+        raise Refused(f"{node.name}, on the block's main path, is not laid out as a stream")
+
+    def _updated(self, node: fx.Node) -> Any:
+        """(B, N, C) main path value: what it was before, plus the un-pooled update."""
+        updated = self.graph.call_function(to_tokens, (self.query[node], self._order(node)))
+        return self.graph.call_function(unpool_add, (*self.base, updated, self.routing))
+
+    def _materialise(self, node: fx.Node) -> Any:
+        """A value of the main path for the context world."""
+        return self.graph.call_function(
+            from_tokens, (self._updated(node), self._order(node), self.grid)
+        )
+
+    def _pool_again(self, node: fx.Node) -> None:
+        """The query world goes on from a value of the context's main path."""
+        order = self._order(node)
+        if self.forms[node].mixes:
+            self.mixing = True
+        tokens = self.graph.call_function(to_tokens, (self.context[node], order))
+        queries = self.graph.call_function(pool_onto, (tokens, self.routing))
+        self.base = (tokens, queries)
+        self.query[node] = self.graph.call_function(queries_as_stream, (queries, order))
+
+    def _epilogue(self, output: fx.Node) -> None:
+        call, order = self.graph.call_function, self.layout.order
+        if self.worlds.output_is_dense:
+            tokens = call(to_tokens, (self.context[self.worlds.output], order))
+        else:
+            order = self._order(self.worlds.output)
+            tokens = self._updated(self.worlds.output)
+        # a correction is of the whole block's update
+        tokens = call(corrected, (tokens, self.tokens, self.queries, self.routing))
+        result = call(from_tokens, (tokens, order, self.grid))
+
+        def pick(node: fx.Node) -> Any:
+            if node is self.worlds.output:
+                return result
+            if node not in self.context:
+                raise Refused("the block returns a value that only its query path computes")
+            return self.context[node]
+
+        self.graph.output(fx.map_arg(output.args[0], pick))
+
+    # -- the two worlds ----------------------------------------------------------------------
+
+    def _emit_context(self, node: fx.Node) -> Any:
+        for fused in self.fused:
+            if node in fused.context:
+                return self._project(fused, fused.context[node], self.context, False)
+        # sizes that are the same in both worlds are read where their tensor is
+        return self._copy(node, lambda n: self.context[n] if n in self.context else self.query[n])
+
+    def _emit_query(self, node: fx.Node) -> Any:
+        for fused in self.fused:
+            if node in fused.query:
+                return self._project(fused, fused.query[node], self.query, True)
+        form = self.forms.get(node)
+        if form is not None and form.kind == "moving":
+            return _MOVING
+        moved = self._arriving(node)
+        if form is not None and moved is not None:
+            return self._repack(node, form, moved)
+        if form is not None and self._moves_nothing(node):
+            return self._packed(self._source(node), form)
+        if form is not None and form.mixes:
+            return self._legalise(node, form)
+        name = op_name(node, self.trace.root)
+        slots = node in self.in_slots
+
+        def operand(source: fx.Node, crosses: bool) -> Any:
+            return self._operand(source, crosses, slots)
+
+        args, kwargs = map_sources(node, self.worlds.edges, operand)
+        if form is not None and form.kind != "free":
+            if node.op != "call_module" and name in VIEWS:
+                args = self._patched_view(node, name, args, form)
+            elif name in ELEMENTWISE:
+                args, kwargs = self._gathered(node, form, len(self._shape(node)), args, kwargs)
+            elif name == "einsum" and slots:
+                args = self._pooled_einsum(node, args)
+            core = self.worlds.core_at(node)
+            if core is not None and core.kind == "scaled_dot_product_attention":
+                rank = len(self._shape(core.query))
+                args, kwargs = self._gathered(node, self.forms[core.query], rank, args, kwargs)
+        if name in ("split", "split_with_sizes"):
+            args, kwargs = self._patched_split(node, args, kwargs)
+        if any(leaf is _MOVING for leaf in _leaves((args, kwargs))):
+            if isinstance(self.trace.values[node], Tensor):
+                raise Refused(f"{node.name} works on tokens on their way to or from windows")
+            return _MOVING
+        return self._create(node, args, kwargs)
+
+    def _operand(self, source: fx.Node, crosses: bool, slots: bool = False) -> Any:
+        if crosses or source not in self.worlds.asking:
+            return self.context[source]
+        form = self.forms.get(source)
+        if form is None or form.kind not in ("tokens", "grid", "window"):
+            return self.query[source] if source in self.query else self.slotted[source]
+        return self._in_slots(source, form) if slots else self._packed(source, form)
+
+    def _packed(self, node: fx.Node, form: Form) -> Any:
+        if node not in self.query:
+            self.query[node] = self.graph.call_function(
+                from_slots, (self.slotted[node], self.windows, tuple(form.window_axes))
+            )
+        return self.query[node]
+
+    def _in_slots(self, node: fx.Node, form: Form) -> Any:
+        if node not in self.slotted:
+            if form.prefix or form.batch is None:
+                raise Refused(f"{node.name} joins images or prefix tokens where windows are needed")
+            self.slotted[node] = self.graph.call_function(
+                to_slots, (self.query[node], self.windows, tuple(form.window_axes))
+            )
+        return self.slotted[node]
+
+    # -- data movement -----------------------------------------------------------------------
+
+    @staticmethod
+    def _source(node: fx.Node) -> Any:
+        return node.args[0] if node.args else None
+
+    def _moves_nothing(self, node: fx.Node) -> bool:
+        """Whether a roll, a padding or a crop leaves the tokens where they are at this size.
+
+        At other sizes it may move them; the packed queries stay as they are in any case.
+        """
+        source = self._source(node)
+        if node.op == "call_module" or not isinstance(source, fx.Node):
+            return False
+        if op_name(node, self.trace.root) not in ("roll", "pad", "getitem", "narrow"):
+            return False
+        before, after = self.finder.base.get(source), self.finder.base.get(node)
+        return (
+            self.forms.get(source) == self.forms.get(node)
+            and isinstance(before, Tensor)
+            and isinstance(after, Tensor)
+            and torch.equal(before, after)
+        )
+
+    def _arriving(self, node: fx.Node) -> fx.Node | None:
+        """Where the tokens of a value come from that were on their way until this node."""
+        if node.op == "call_module" or op_name(node, self.trace.root) not in MOVES:
+            return None
+        source: Any = self._source(node)
+        if not isinstance(source, fx.Node) or source not in self.forms:
+            return None
+        before, after = self.forms[source], self.forms.get(node)
+        while before.kind == "moving" and source.args[0] in self.forms:
+            source = source.args[0]
+            before = self.forms[source]
+            if before.kind != "moving":
+                return source
+        # a single window that was rolled: both are whole, and their tokens lie differently
+        turned = after is not None and (before.kind == "window") != (after.kind == "window")
+        return source if turned and after is not None and before.inner == after.inner else None
+
+    def _repack(self, node: fx.Node, form: Form, source: fx.Node) -> Any:
+        origin = self.forms[source]
+        axes = form.window_axes
+        taken = {axes.batch, *axes.windows, *axes.slots}
+        rest = tuple(size for axis, size in enumerate(self._shape(node)) if axis not in taken)
+        return self.graph.call_function(
+            repack, (self._packed(source, origin), tuple(origin.window_axes), tuple(axes), rest)
+        )
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        value = self.trace.values[node]
+        return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+    def _copy(self, node: fx.Node, pick: Any) -> fx.Node:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), pick)
+        return self._create(node, args, kwargs)
+
+    def _create(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        target: Any = node.target
+        if node.op == "get_attr" and target in self.trace.constants:
+            name = f"c{len(self.constant_names)}"
+            target = self.constant_names.setdefault(target, f"{_CONSTANT_PREFIX}.{name}")
+        return self.graph.create_node(node.op, target, args, kwargs, name=node.name)
+
+    # -- fused projections -------------------------------------------------------------------
+
+    def _project(
+        self, fused: FusedProjection, part: Part, env: dict[fx.Node, Any], is_query: bool
+    ) -> fx.Node:
+        parts = (fused.query if is_query else fused.context).values()
+        first, last = min(p.start for p in parts), max(p.stop for p in parts)
+        key = (fused.linear, is_query)
+        if key not in self.projected:
+            self.projected[key] = (self._linear_rows(fused.linear, first, last, env), first)
+        projected, offset = self.projected[key]
+        positions: tuple[int, ...] = ()
+        if part.positions:  # windows and slots: one window of all queries, or as many as there are
+            positions = (1, -1) if is_query else (-1, *part.positions[1:])
+            if len(part.positions) > 2:
+                raise Refused(f"{fused.linear.name}: tokens on {len(part.positions)} axes")
+        return self.graph.call_function(
+            arrange_projection,
+            (
+                projected,
+                part.start - offset,
+                part.stop - offset,
+                part.features,
+                part.order,
+                part.singles,
+                positions,
+                part.merged,
+            ),
+        )
+
+    def _linear_rows(
+        self, linear: fx.Node, first: int, last: int, env: dict[fx.Node, Any]
+    ) -> fx.Node:
+        source, weight, bias = linear_operands(linear)
+        rows: list[fx.Node | None] = []
+        for operand in (weight, bias):
+            if isinstance(operand, str):
+                module, _, name = operand.rpartition(".")
+                owner = self.trace.root.get_submodule(module)
+                exists = getattr(owner, name) is not None
+                value = self.graph.create_node("get_attr", operand) if exists else None
+            else:
+                value = self.context[operand] if isinstance(operand, fx.Node) else None
+            if value is None:
+                rows.append(None)
+            else:
+                rows.append(self.graph.call_function(weight_rows, (value, first, last)))
+        return self.graph.call_function(nn.functional.linear, (env[source], *rows))
+
+    # -- legalising --------------------------------------------------------------------------
+
+    def _patched_view(self, node: fx.Node, name: str, args: Any, form: Form) -> Any:
+        """A view's sizes with the token axis replaced by the number of queries."""
+        flat = not (len(args) > 1 and isinstance(args[-1], (tuple, list)))
+        first = 2 if name == "unflatten" else 1
+        if name == "unflatten" and flat:
+            return args
+        sizes = list(args[first:] if flat else args[-1])
+        if flat and len(sizes) == 1 and len(self._shape(node)) != 1:
+            return args  # one opaque size object: it comes from the stream itself
+        shift = 0
+        if name == "unflatten":
+            source = node.args[0]
+            assert isinstance(source, fx.Node) and isinstance(node.args[1], int)
+            shift = node.args[1] % len(self._shape(source))
+        for index in range(len(sizes)):
+            if sizes[index] == -1:
+                continue
+            given = (node.args[first:] if flat else node.args[-1])[index]  # type: ignore[index]
+            if isinstance(given, fx.Node) and given in self.context:
+                sizes[index] = self.context[given]
+            sizes[index] = self._axis_size(form, index + shift, sizes[index], node in self.in_slots)
+        return (*args[:first], *sizes) if flat else (*args[:-1], tuple(sizes))
+
+    def _axis_size(self, form: Form, axis: int, size: Any, slots: bool) -> Any:
+        """The size of one axis of a view in the query world; `size`: in the context world."""
+        call = self.graph.call_function
+        if axis in form.axes:
+            if axis != form.axes[0]:
+                return 1
+            if slots:
+                return call(slot_count, (self.windows,))
+            return call(query_count, (self.routing, form.prefix))
+        if form.kind != "window":
+            return size
+        if axis == form.batch:
+            if slots:
+                return call(lead_count, (self.tokens, self.windows, form.merged, form.inner))
+            return call(image_count, (self.queries, form.inner))
+        return 1 if axis in form.windows and not slots else size
+
+    def _patched_split(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A split of the token axis, with the part that holds the grid as long as the queries."""
+        source, sizes = node.args[0], argument(node, 1, "split_size")
+        axis = argument(node, 2, "dim", 0)
+        form = self.forms.get(source) if isinstance(source, fx.Node) else None
+        if form is None or form.kind != "tokens" or not isinstance(sizes, (tuple, list)):
+            return args, kwargs
+        assert isinstance(source, fx.Node) and isinstance(axis, int)
+        if axis % len(self._shape(source)) != form.axes[0]:
+            return args, kwargs
+        prefix = self.layout.prefix if form.prefix else 0
+        grid = self.layout.grid[0] * self.layout.grid[1]
+        wanted: list[Any] = []
+        start = 0
+        for size in sizes:
+            stop = start + int(self.trace.values[size] if isinstance(size, fx.Node) else size)
+            head = max(0, min(stop, prefix) - start)
+            body = stop - max(start, prefix)
+            if body not in (0, grid) and body > 0:
+                raise Refused(f"{node.name} splits the grid's tokens into parts")
+            if body <= 0:
+                wanted.append(head)
+            elif not head:
+                wanted.append(self.graph.call_function(query_count, (self.routing, False)))
+            else:
+                count = self.graph.call_function(query_count, (self.routing, False))
+                wanted.append(self.graph.call_function(operator.add, (count, head)))
+            start = stop
+        tail = {"dim": axis}
+        return (args[0], wanted), tail
+
+    def _gathered(
+        self, node: fx.Node, form: Form, rank: int, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Operands that do not come from the stream but carry its query axis, read per query."""
+        slots = node in self.in_slots
+        per_axis = axis_sizes(form, self.layout, self.finder)
+
+        def gather(original: Any, emitted: Any) -> Any:
+            if not isinstance(original, fx.Node):
+                return emitted
+            if original in self.worlds.asking:
+                return self._per_image(original, emitted, form, rank)
+            shape = self._shape(original)
+            axes = [axis - (rank - len(shape)) for axis in form.axes]
+            if any(a < 0 for a in axes) or tuple(shape[a] for a in axes) != tuple(per_axis):
+                if any(a >= 0 and shape[a] > 1 for a in axes):
+                    raise Refused(
+                        f"{node.name} combines tokens with a table of shape {shape} that does not "
+                        f"follow the query axis"
+                    )
+                return self._per_image(original, emitted, form, rank)
+            if all(s == 1 for s in per_axis):
+                return self._per_image(original, emitted, form, rank)
+            self.positional = True
+            if slots:
+                self.finder.windows.note_table(self.trace.values[original], form, axes, rank)
+                place: Any = tuple(form.window_axes)
+                return self.graph.call_function(pool_slots, (emitted, self.windows, place, rank))
+            if form.batch is None:
+                raise Refused(f"{node.name}: images and heads are merged where a table is added")
+            return self.graph.call_function(
+                gather_constant,
+                (emitted, self.routing, rank, form.batch, form.axes, form.prefix),
+            )
+
+        skip = {place for consumer, place in self.worlds.edges if consumer is node}
+        args = tuple(
+            a if i in skip else gather(o, a)
+            for i, (o, a) in enumerate(zip(node.args, args, strict=True))
+        )
+        kwargs = {k: v if k in skip else gather(node.kwargs[k], v) for k, v in kwargs.items()}
+        return args, kwargs
+
+    def _per_image(self, original: fx.Node, emitted: Any, form: Form, rank: int) -> Any:
+        """An operand without a token axis, as a value of `form` and `rank` axes meets it."""
+        return emitted
+
+    def _pooled_einsum(self, node: fx.Node, args: Any) -> Any:
+        """An einsum of tokens with tables that have an entry per slot row, slot column or slot."""
+        equation, tokens, tables = einsum_tables(node, self.worlds, self.forms)
+        terms, result = equation.split("->")
+        labels = terms.split(",")
+        form = self.forms[tokens]
+        operands = list(args[1:])
+        own = labels[list(node.args[1:]).index(tokens)]
+        first = own[form.axes[0]]
+        for index in tables:
+            self.positional = self.fixed_slots = True
+            axes = [labels[index].index(own[a]) for a in form.axes if own[a] in labels[index]]
+            lines = [n for n, a in enumerate(form.axes) if own[a] in labels[index]]
+            if len(axes) == len(form.axes):
+                if len(axes) == 2 and axes[1] != axes[0] + 1:
+                    raise Refused(f"{node.name}: a table's rows and columns are apart")
+                kernel: Any = pool_rows
+                rest: Any = tuple(axes)
+            else:
+                kernel, rest = pool_line, (axes[0], lines[0])
+            pooled = self.graph.call_function(kernel, (operands[index], self.windows, rest))
+            if kernel is pool_rows and len(axes) == 2:
+                pooled = self.graph.call_method("squeeze", (pooled, axes[1]))
+                labels[index] = labels[index][: axes[1]] + labels[index][axes[1] + 1 :]
+            operands[index] = pooled
+            label = list(labels[index])
+            label[axes[0]] = first
+            labels[index] = "".join(label)
+        return (",".join(labels) + "->" + result, *operands)
+
+    def _legalise(self, node: fx.Node, form: Form) -> fx.Node:
+        """A node that mixes tokens: a stencil if it is a plain depthwise convolution."""
+        if form.kind == "window" or any(
+            self.forms[s].kind == "window" for s, _ in self.worlds.sources(node) if s in self.forms
+        ):
+            raise Refused(f"{node.name} mixes tokens inside windows")
+        self.mixing = True
+        depthwise = self._depthwise(node)
+        if depthwise is not None:
+            source, weight, bias = depthwise
+            return self.graph.call_function(
+                stencil_conv, (self._operand(source, False), weight, bias, self.routing)
+            )
+        return self._island(node, form)
+
+    def _depthwise(self, node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
+        if op_name(node, self.trace.root) != "conv2d" or node.op != "call_module":
+            return None
+        source = argument(node, 0, "input")
+        conv = self.trace.root.get_submodule(str(node.target))
+        assert isinstance(conv, nn.Conv2d) and isinstance(source, fx.Node)
+        kernel = conv.kernel_size[0]
+        plain = (
+            conv.groups == conv.in_channels == conv.out_channels
+            and conv.kernel_size == (kernel, kernel)
+            and kernel % 2 == 1
+            and conv.stride == (1, 1)
+            and conv.dilation == (1, 1)
+            and conv.padding in ((kernel // 2, kernel // 2), "same")
+            and conv.padding_mode == "zeros"
+        )
+        form = self.forms.get(source)
+        if type(conv) is not nn.Conv2d or hasattr(conv, HOOKED):
+            return None
+        if not plain or form is None or form.axes != (2, 3):
+            return None
+        self.stencils.add(kernel)
+        weight = self.graph.create_node("get_attr", f"{node.target}.weight")
+        bias = (
+            None if conv.bias is None else self.graph.create_node("get_attr", f"{node.target}.bias")
+        )
+        return source, weight, bias
+
+    def _island(self, node: fx.Node, form: Form) -> fx.Node:
+        """Un-pool, the operation as it is, pool."""
+
+        def dense(source: fx.Node, crosses: bool) -> Any:
+            emitted = self._operand(source, crosses)
+            source_form = self.forms.get(source)
+            if crosses or source_form is None or source_form.kind == "free":
+                return emitted
+            if source_form.batch != 0:
+                raise Refused(f"{node.name} mixes tokens with images merged into another axis")
+            return self.graph.call_function(
+                unpool_value, (emitted, self.routing, source_form.axes, source_form.prefix)
+            )
+
+        args, kwargs = map_sources(node, self.worlds.edges, dense)
+        result = self._create(node, args, kwargs)
+        if form.kind == "free":
+            if not isinstance(self.trace.values[node], Tensor):
+                raise Refused(f"{node.name} mixes tokens")
+            return result
+        if form.batch != 0:
+            raise Refused(f"{node.name} mixes tokens with images merged into another axis")
+        return self.graph.call_function(pool_value, (result, self.routing, form.axes, form.prefix))
