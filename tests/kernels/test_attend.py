@@ -176,10 +176,10 @@ def check(found: Answer, exact: Answer, tolerance: float) -> None:
 
 
 # float32 rounds by 6e-8; sums here have up to 49 keys or 40 queries, whose errors, at random
-# signs, make some ten roundings; 4e-6 leaves a factor of six
+# signs, make some ten roundings; 4e-6 leaves a factor of five
 FLOAT = 4e-6
 # float16 rounds by 5e-4: inputs are exact in float64 too, so what remains is P and dS rounded
-# once each before their product, the result, and `delta` of the rounded result; a factor of two
+# once each before their product, the result, and `delta` of the rounded result; a factor of four
 HALF = 4e-3
 # bfloat16 rounds by 4e-3; as above
 BRAIN = 3e-2

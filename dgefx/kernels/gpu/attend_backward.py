@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgefx.kernels.gpu.attend_forward import UNSPECIALIZED as FORWARD_UNSPECIALIZED
 from dgefx.kernels.gpu.attend_forward import bias_strides
 from dgefx.kernels.gpu.attend_tiles import (
     LOG2_E,
@@ -28,10 +29,7 @@ from dgefx.kernels.gpu.attend_tiles import (
     store_rows,
 )
 
-UNSPECIALIZED = (
-    "rows groups keys q_row q_head k_group k_head k_row v_group v_head v_row g_row g_head "
-    "bias_pattern bias_head"
-).split()
+UNSPECIALIZED = [*FORWARD_UNSPECIALIZED, "g_row", "g_head"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -245,8 +243,7 @@ def launch_attend_backward(
 
     Args:
         grad: (T, H, E) gradient of `out`.
-        q, k, v, offsets, bias, bias_row, scale: what the forward was given.
-        out, lse: what it returned, contiguous.
+        q to scale: what the forward was given; out, lse: what it returned, contiguous.
         bias_grad: whether to return the gradient of the scores.
         tiles, empty: as in the forward; block sizes of both kernels.
 
