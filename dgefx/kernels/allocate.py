@@ -230,6 +230,8 @@ def assign_slots_on_gpu(
     starts = [sum(counts[:level]) for level in range(len(counts))]
     offsets = [sum(capacities[:level]) for level in range(len(counts))]
     slots, image = sum(capacities), torch.arange(images, device=device)[:, None]
+    # from a list on the host it would be a copy, which CUDA graphs do not take
+    segment = torch.cat([image * slots + offset for offset in offsets], 1)
     patch, patch_slot, token_slot = allocate(
         levels,
         torch.cat(list(patch_region)),
@@ -241,7 +243,7 @@ def assign_slots_on_gpu(
             ]
         ),
         torch.stack([t + start for t, start in zip(token_patch, starts, strict=True)]),
-        image * slots + torch.tensor(offsets, device=device),
+        segment,
         images * slots,
     )
     patch = patch.view(images, slots)

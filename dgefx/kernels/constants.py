@@ -96,4 +96,3 @@ def _arranged(
     if on_grid:
         rows = rows.unsqueeze(token + 1)
     return rows > 0.5 if boolean else rows
-

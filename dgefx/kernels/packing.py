@@ -41,20 +41,21 @@ class Packing(NamedTuple):
     members: Members
 
 
-def image_members(token_patch: Sequence[Tensor], counts: Sequence[int], prefix: int) -> Members:
-    """Members of every patch of one image.
+def image_members(
+    token_patch: Sequence[Tensor], counts: Sequence[int], prefix: int, longest: int
+) -> Members:
+    """Members of every patch of one image, without reading anything back from the device.
 
     Args:
         token_patch: per level (N,) patch of every grid token. counts: per level, its patches.
         prefix: tokens in front of the grid.
+        longest: most tokens in any patch.
     """
-    device = token_patch[0].device
-    front = torch.arange(prefix, device=device)
-    tokens, sizes, longest = [front], [torch.ones_like(front)], 1
+    front = torch.arange(prefix, device=token_patch[0].device)
+    tokens, sizes = [front], [torch.ones_like(front)]
     for patches, count in zip(token_patch, counts, strict=True):
         tokens.append(patches.argsort(stable=True) + prefix)
-        sizes.append(torch.bincount(patches, minlength=count))
-        longest = max(longest, int(sizes[-1].max()))
+        sizes.append(patches.new_zeros(count).scatter_add(0, patches, torch.ones_like(patches)))
     start = F.pad(torch.cat(sizes).cumsum(0), (1, 0))
     return Members(start, torch.cat(tokens), longest)
 

@@ -125,7 +125,7 @@ class Router(nn.Module):
         held = self.tables(grid, torch.device("cpu"))
         counts = [table.patch_region.shape[0] for table in held]
         start, token, self._longest = image_members(
-            [table.token_patch for table in held], counts, prefix
+            [table.token_patch for table in held], counts, prefix, self._most_tokens(grid)
         )
         self.register_buffer("member_start", start, persistent=False)
         self.register_buffer("member_token", token, persistent=False)
@@ -247,7 +247,12 @@ class Router(nn.Module):
             start, token = (cast(Tensor, getattr(self, f"member_{n}")) for n in ("start", "token"))
             return Members(start, token, self._longest)
         counts = [table.patch_region.shape[0] for table in tables]
-        return image_members([table.token_patch for table in tables], counts, self.prefix)
+        patches = [table.token_patch for table in tables]
+        return image_members(patches, counts, self.prefix, self._most_tokens(grid))
+
+    def _most_tokens(self, grid: tuple[int, int]) -> int:
+        """Tokens in the largest patch."""
+        return max_region_cost(self.space(grid), 1, self.config.granularities[-1])
 
     def stencils(
         self, grid: tuple[int, int], device: torch.device
