@@ -27,6 +27,7 @@ from dgefx.kernels.gpu.attend_tiles import (
     row_tiles,
     sizes_of,
     store_rows,
+    widens,
 )
 
 UNSPECIALIZED = [*FORWARD_UNSPECIALIZED, "g_row", "g_head"]
@@ -69,6 +70,7 @@ def attend_query_backward_kernel(
     UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     WRITE_SCORE: tl.constexpr,
@@ -100,9 +102,9 @@ def attend_query_backward_kernel(
     v += (group.to(tl.int64) * v_group + head * v_head) * UNIT
     grad += (start * g_row + head * g_head) * UNIT
     out += (start * heads + head) * VALUE
-    queries = load_rows(q, q_row, left, HEAD, PAD_HEAD, BLOCK_ROWS, UNIT, False)
-    slope = load_rows(grad, g_row, left, VALUE, PAD_VALUE, BLOCK_ROWS, UNIT, False)
-    made = load_rows(out, heads * VALUE, left, VALUE, PAD_VALUE, BLOCK_ROWS, 1, False)
+    queries = load_rows(q, q_row, left, HEAD, PAD_HEAD, BLOCK_ROWS, UNIT, False, WIDE)
+    slope = load_rows(grad, g_row, left, VALUE, PAD_VALUE, BLOCK_ROWS, UNIT, False, WIDE)
+    made = load_rows(out, heads * VALUE, left, VALUE, PAD_VALUE, BLOCK_ROWS, 1, False, WIDE)
     inner = tl.sum(made.to(tl.float32) * slope.to(tl.float32), 1)
     tl.store(delta + flat, inner, mask=row < left)
     level = tl.load(lse + flat, mask=row < left, other=0.0) * LOG2_E
@@ -114,10 +116,10 @@ def attend_query_backward_kernel(
         key = first + tl.arange(0, BLOCK_KEYS)[None, :]
         inside = (row[:, None] < left) & (key < keys)
         block = load_rows(
-            k + skip * k_row, k_row, keys - first, HEAD, PAD_HEAD, BLOCK_KEYS, UNIT, WHOLE
+            k + skip * k_row, k_row, keys - first, HEAD, PAD_HEAD, BLOCK_KEYS, UNIT, WHOLE, WIDE
         )
         values = load_rows(
-            v + skip * v_row, v_row, keys - first, VALUE, PAD_VALUE, BLOCK_KEYS, UNIT, WHOLE
+            v + skip * v_row, v_row, keys - first, VALUE, PAD_VALUE, BLOCK_KEYS, UNIT, WHOLE, WIDE
         )
         score = tl.dot(queries, tl.trans(block), input_precision="ieee") * (scale * LOG2_E)
         if HAS_BIAS:
@@ -167,6 +169,7 @@ def attend_context_backward_kernel(
     UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ) -> None:
@@ -190,8 +193,8 @@ def attend_context_backward_kernel(
         bias_row += begin
         bias += head * bias_head
     left = keys - first
-    block = load_rows(k, k_row, left, HEAD, PAD_HEAD, BLOCK_KEYS, UNIT, WHOLE)
-    values = load_rows(v, v_row, left, VALUE, PAD_VALUE, BLOCK_KEYS, UNIT, WHOLE)
+    block = load_rows(k, k_row, left, HEAD, PAD_HEAD, BLOCK_KEYS, UNIT, WHOLE, WIDE)
+    values = load_rows(v, v_row, left, VALUE, PAD_VALUE, BLOCK_KEYS, UNIT, WHOLE, WIDE)
     total_k = tl.zeros([BLOCK_KEYS, PAD_HEAD], tl.float32)
     total_v = tl.zeros([BLOCK_KEYS, PAD_VALUE], tl.float32)
     key = first + tl.arange(0, BLOCK_KEYS)[:, None]
@@ -199,10 +202,18 @@ def attend_context_backward_kernel(
         row = done + tl.arange(0, BLOCK_ROWS)
         past = tl.cast(done, tl.int64) * UNIT
         queries = load_rows(
-            q + past * q_row, q_row, count - done, HEAD, PAD_HEAD, BLOCK_ROWS, UNIT, False
+            q + past * q_row, q_row, count - done, HEAD, PAD_HEAD, BLOCK_ROWS, UNIT, False, WIDE
         )
         slope = load_rows(
-            grad + past * g_row, g_row, count - done, VALUE, PAD_VALUE, BLOCK_ROWS, UNIT, False
+            grad + past * g_row,
+            g_row,
+            count - done,
+            VALUE,
+            PAD_VALUE,
+            BLOCK_ROWS,
+            UNIT,
+            False,
+            WIDE,
         )
         flat = (begin + row) * heads + head
         # rows of the next group are none of this one's: exp2(score - inf) is 0
@@ -254,12 +265,13 @@ def launch_attend_backward(
     bias = None if bias is None else dense_last(bias)
     sizes = sizes_of(q, k, v, (q, k, v, grad))
     rows, groups, heads, keys, *_, unit = sizes
-    wide = {"dtype": torch.float32, "device": q.device}
+    wide = widens(attend_query_backward_kernel, q.dtype)
+    single = {"dtype": torch.float32, "device": q.device}
     grad_q, grad_k, grad_v = (
         empty(tuple(tensor.shape), dtype=q.dtype, device=q.device) for tensor in (q, k, v)
     )
-    delta = empty((rows, heads), **wide)
-    grad_score = empty((rows, heads, keys), **wide) if bias_grad else None
+    delta = empty((rows, heads), **single)
+    grad_score = empty((rows, heads, keys), **single) if bias_grad else None
     inputs = (q, k, v, offsets, bias, bias_row, grad, lse, delta)
     strides = [stride // unit for tensor in (q, k, v, grad) for stride in tensor.stride()[:-1]]
     strides += bias_strides(bias)
@@ -275,7 +287,7 @@ def launch_attend_backward(
         groups,
         keys,
         *strides,
-        **constants(sizes, chosen, bias is not None),
+        **constants(sizes, chosen, bias is not None, wide),
         WRITE_SCORE=bias_grad,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
@@ -283,7 +295,7 @@ def launch_attend_backward(
 
     if groups:  # a grid must not be empty
         chosen = tiles or context_backward_tiles(sizes, q.dtype, bias is not None)
-        fixed = constants(sizes, chosen, bias is not None)
+        fixed = constants(sizes, chosen, bias is not None, wide)
         attend_context_backward_kernel[(groups * triton.cdiv(keys, fixed["BLOCK_KEYS"]), heads)](
             *inputs,
             grad_k,

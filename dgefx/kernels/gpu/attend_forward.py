@@ -24,6 +24,7 @@ from dgefx.kernels.gpu.attend_tiles import (
     row_tiles,
     sizes_of,
     store_rows,
+    widens,
 )
 
 # shapes change from call to call (T above all): none of them may make Triton compile again
@@ -63,6 +64,7 @@ def attend_forward_kernel(
     UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ) -> None:
@@ -83,7 +85,7 @@ def attend_forward_kernel(
     q += (start * q_row + head * q_head) * UNIT
     k += (group.to(tl.int64) * k_group + head * k_head) * UNIT
     v += (group.to(tl.int64) * v_group + head * v_head) * UNIT
-    queries = load_rows(q, q_row, left, HEAD, PAD_HEAD, BLOCK_ROWS, UNIT, False)
+    queries = load_rows(q, q_row, left, HEAD, PAD_HEAD, BLOCK_ROWS, UNIT, False, WIDE)
     if HAS_BIAS:
         pattern = tl.load(bias_row + start + row, mask=row < left, other=0)
         bias += pattern[:, None] * bias_pattern + head * bias_head
@@ -92,7 +94,7 @@ def attend_forward_kernel(
     for first in range(0, keys, BLOCK_KEYS):
         skip = tl.cast(first, tl.int64) * UNIT
         block = load_rows(
-            k + skip * k_row, k_row, keys - first, HEAD, PAD_HEAD, BLOCK_KEYS, UNIT, WHOLE
+            k + skip * k_row, k_row, keys - first, HEAD, PAD_HEAD, BLOCK_KEYS, UNIT, WHOLE, WIDE
         )
         key = first + tl.arange(0, BLOCK_KEYS)[None, :]
         score = tl.dot(queries, tl.trans(block), input_precision="ieee") * (scale * LOG2_E)
@@ -108,7 +110,7 @@ def attend_forward_kernel(
         decay = tl.exp2(highest - base)
         weight = weight * decay + tl.sum(share, 1)
         values = load_rows(
-            v + skip * v_row, v_row, keys - first, VALUE, PAD_VALUE, BLOCK_KEYS, UNIT, WHOLE
+            v + skip * v_row, v_row, keys - first, VALUE, PAD_VALUE, BLOCK_KEYS, UNIT, WHOLE, WIDE
         )
         total = total * decay[:, None]
         total = tl.dot(share.to(values.dtype), values, total, input_precision="ieee")
@@ -171,7 +173,7 @@ def launch_attend_forward(
         v.stride(1) // unit,
         v.stride(2) // unit,
         *bias_strides(bias),
-        **constants(sizes, tiles, bias is not None),
+        **constants(sizes, tiles, bias is not None, widens(attend_forward_kernel, q.dtype)),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -66,7 +66,13 @@ def dense_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def constants(sizes: Sizes, tiles: Tiles, has_bias: bool) -> dict[str, Any]:
+def widens(kernel: Any, dtype: torch.dtype) -> bool:
+    """Whether operands of matrix products become float32 first: in Triton's interpreter (3.6 to
+    3.8 at least), which would multiply the bit patterns of bfloat16 as integers."""
+    return dtype == torch.bfloat16 and not isinstance(kernel, triton.JITFunction)
+
+
+def constants(sizes: Sizes, tiles: Tiles, has_bias: bool, wide: bool = False) -> dict[str, Any]:
     """Compile-time arguments that all three kernels take."""
     block_keys = min(tiles.keys, padded(sizes.keys))
     return {
@@ -77,6 +83,7 @@ def constants(sizes: Sizes, tiles: Tiles, has_bias: bool) -> dict[str, Any]:
         "UNIT": sizes.unit,
         "HAS_BIAS": has_bias,
         "WHOLE": sizes.keys % block_keys == 0,
+        "WIDE": wide,
         "BLOCK_ROWS": tiles.rows,
         "BLOCK_KEYS": block_keys,
     }
@@ -161,18 +168,23 @@ def load_rows(
     BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> tl.tensor:
-    """(BLOCK, PADDED) rows from `pointer` on; zero beyond `left` rows and WIDTH columns."""
+    """(BLOCK, PADDED) rows from `pointer` on, zero beyond `left` rows and WIDTH columns; as float32
+    if WIDE, see `widens`."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, PADDED)[None, :]
     pointers = pointer + row.to(tl.int64) * stride * UNIT + column
     if WHOLE:
         if WIDTH == PADDED:
-            return tl.load(pointers)
+            value = tl.load(pointers)
         else:
-            return tl.load(pointers, mask=column < WIDTH, other=0.0)
+            value = tl.load(pointers, mask=column < WIDTH, other=0.0)
     else:
-        return tl.load(pointers, mask=(row < left) & (column < WIDTH), other=0.0)
+        value = tl.load(pointers, mask=(row < left) & (column < WIDTH), other=0.0)
+    if WIDE:
+        value = value.to(tl.float32)
+    return value
 
 
 @triton.jit
