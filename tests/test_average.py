@@ -16,6 +16,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import dgefx
 from dgefx import DGEConfig
@@ -497,3 +498,17 @@ def test_manual_attention_is_refused_with_the_way_out() -> None:
     dense = TinyViT(make=lambda dim: Manual(dim, 2))
     with pytest.raises(ValueError, match=r"fused attention.*per_image"):
         dgefx.convert(dense, 0.7, example_inputs=images(2, 32), config=AVERAGE)
+
+
+@pytest.mark.parametrize("router", ["detail", "linear"])
+def test_one_recompile_for_other_batch_sizes(router: str) -> None:
+    torch._dynamo.reset()
+    config = DGEConfig(budget="average", router=router)
+    x = images(2, 56)
+    model = dgefx.convert(lively(TinyViT(prefix=1)), 0.7, example_inputs=x, config=config).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for count in (2, 4, 7, 3):
+        batch = images(count, 56, seed=count)
+        assert error(compiled(batch), model(batch)) <= 1e-5
+    assert counter.frame_count <= 2

@@ -24,14 +24,15 @@ def _ranked(gain: Tensor) -> Tensor:
     return torch.where(gain.isnan(), -torch.inf, gain)
 
 
-def _running_total(values: Tensor, gain: Tensor) -> Tensor:
+def _running_total(values: Tensor, gain: Tensor, pairs: bool) -> Tensor:
     """Sum of `values` over a region and all that come before it by falling gain (ties: in order).
 
     Args:
         values: (B, R) int64. gain: (B, R).
+        pairs: whether all pairs may be compared, where they are few.
     """
     regions = gain.shape[1]
-    if regions <= _PAIRS_LIMIT:
+    if pairs and regions <= _PAIRS_LIMIT:
         index = torch.arange(regions, device=gain.device)
         mine, other = gain.unsqueeze(2), gain.unsqueeze(1)
         earlier = (other > mine) | ((other == mine) & (index <= index.unsqueeze(1)))
@@ -40,19 +41,19 @@ def _running_total(values: Tensor, gain: Tensor) -> Tensor:
     return torch.zeros_like(values).scatter(1, order, values.gather(1, order).cumsum(1))
 
 
-def _take_best(gain: Tensor, free: Tensor, count: int) -> Tensor:
+def _take_best(gain: Tensor, free: Tensor, count: int, pairs: bool) -> Tensor:
     """(B, R) bool: the `count` free regions with the highest gain."""
-    return free & (_running_total(free.long(), gain) <= count)
+    return free & (_running_total(free.long(), gain, pairs) <= count)
 
 
-def _take_within(gain: Tensor, free: Tensor, cost: Tensor, capacity: int) -> Tensor:
+def _take_within(gain: Tensor, free: Tensor, cost: Tensor, capacity: int, pairs: bool) -> Tensor:
     """(B, R) bool: free regions by falling gain while their costs fit into `capacity`.
 
     Three passes: after the best prefix, smaller (clipped) regions may still fill what is left.
     """
     price = torch.where(free, cost, 0)
-    if gain.shape[1] <= _PAIRS_LIMIT:
-        return _fill(price, capacity, lambda values: _running_total(values, gain))
+    if pairs and gain.shape[1] <= _PAIRS_LIMIT:
+        return _fill(price, capacity, lambda values: _running_total(values, gain, pairs))
     # sorted once for all passes
     order = gain.argsort(dim=1, descending=True, stable=True)
     taken = _fill(price.gather(1, order), capacity, lambda values: values.cumsum(1))
@@ -72,7 +73,11 @@ def _fill(price: Tensor, capacity: int, running: Callable[[Tensor], Tensor]) -> 
 
 
 def allocate_levels(
-    gains: Tensor, costs: Sequence[Tensor], capacities: Sequence[int], uniform: Sequence[int | None]
+    gains: Tensor,
+    costs: Sequence[Tensor],
+    capacities: Sequence[int],
+    uniform: Sequence[int | None],
+    pairs: bool = True,
 ) -> Tensor:
     """One level per region such that every level's patches fit its capacity.
 
@@ -81,6 +86,8 @@ def allocate_levels(
         costs: per level (R,) patches of every region.
         capacities: per level, slots. The last must hold whatever is not taken before.
         uniform: per level, the cost where all regions cost the same, else None.
+        pairs: whether pairs of regions may be compared where R is small; not where R counts a whole
+            batch, as a compiler would ask how small with every new batch size.
 
     Returns:
         (B, R) int64, 0 = finest.
@@ -95,9 +102,9 @@ def allocate_levels(
             continue
         gain = _ranked(gains[:, :, level])
         if price is not None:
-            taken = _take_best(gain, free, capacity // price)
+            taken = _take_best(gain, free, capacity // price, pairs)
         else:
-            taken = _take_within(gain, free, costs[level], capacity)
+            taken = _take_within(gain, free, costs[level], capacity, pairs)
         levels = torch.where(taken, level, levels)
         free = free & ~taken
     return levels
@@ -110,6 +117,7 @@ def allocate_nested(
     holders: Sequence[Tensor],
     budgets: Sequence[int],
     uniform: Sequence[int | None],
+    pairs: bool = True,
 ) -> Tensor:
     """Levels where every patch decides for itself whether it is split, from coarse to fine.
 
@@ -138,9 +146,9 @@ def allocate_nested(
             break
         gain = _ranked(gains[level])
         if price is not None:
-            split = _take_best(gain, present, budget // price)
+            split = _take_best(gain, present, budget // price, pairs)
         else:
-            split = _take_within(gain, present, children[level], budget)
+            split = _take_within(gain, present, children[level], budget, pairs)
         levels = torch.where(split[:, holders[level]] if level else split, level, levels)
         if level:
             present = split[:, parents[level]]

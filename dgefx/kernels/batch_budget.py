@@ -39,6 +39,7 @@ def share_levels(
         [cost.repeat(images) for cost in costs],
         [capacity * images for capacity in capacities],
         uniform,
+        pairs=False,
     )
     return levels.view(images, -1)
 
@@ -68,6 +69,7 @@ def share_nested(
         [_in_batch(table, images, count) for table, count in zip(holders, above, strict=True)],
         [budget * images for budget in budgets],
         uniform,
+        pairs=False,
     )
     return levels.view(images, -1)
 
