@@ -110,7 +110,8 @@ def draw(shape: Shape, batch: int, device: torch.device, seed: int = 0) -> Drawn
     ragged = assign_ragged(
         levels, regions_of, patches, costs, [None] * len(SIDES), shape.prefix, total
     )
-    members = image_members(patches, [len(r) for r in regions_of], shape.prefix)
+    counts = [len(region) for region in regions_of]
+    members = image_members(patches, counts, shape.prefix, longest=SIDES[-1] ** 2)
     packing = ragged_packing(ragged, members)
     return Drawn(
         images,

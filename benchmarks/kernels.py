@@ -181,7 +181,9 @@ def run_all(args: argparse.Namespace, limits: dict[str, float]) -> list[common.R
         for direction in passes:
             where = {"op": op, "shape": shape, "pass": direction, "contestant": OWN}
             if deadline.near():
-                rows.append({**where, "note": f"skipped: {args.minutes:g} minutes are over"})
+                rows.append(
+                    {**where, "note": f"skipped: may not end within {args.minutes:g} minutes"}
+                )
                 continue
             start = time.perf_counter()
             try:

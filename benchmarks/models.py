@@ -74,7 +74,7 @@ TIMING = 30.0
 
 
 def late(args: argparse.Namespace) -> str:
-    return f"skipped: {args.minutes:g} minutes are over"
+    return f"skipped: may not end within {args.minutes:g} minutes"
 
 
 class Group:
