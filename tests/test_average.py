@@ -126,6 +126,8 @@ def test_equals_dense_and_the_per_image_mode(name: str) -> None:
     # both are float32 evaluations of one formula, in other orders
     assert error(found, same) <= 1e-5
     assert error(found, wanted) > 1e-3
+    # nothing is computed that the dense model does not compute
+    assert dgefx.report(packed).ratio == pytest.approx(dgefx.report(each).ratio, abs=1e-6)
 
 
 @pytest.mark.parametrize("router", ["detail", "linear"])
@@ -512,3 +514,58 @@ def test_one_recompile_for_other_batch_sizes(router: str) -> None:
         batch = images(count, 56, seed=count)
         assert error(compiled(batch), model(batch)) <= 1e-5
     assert counter.frame_count <= 2
+
+
+class OnePerImage(nn.Module):
+    """Drops images; its size is read where a trace does not follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if float(x.detach().sum()) == 1.5:  # a branch on data: cannot be traced
+            return x
+        mask = torch.empty(x.size(0), *[1] * (x.ndim - 1)).bernoulli_(0.5)
+        return x * mask * 2
+
+
+class ChannelDropout(nn.Module):
+    """A residual attention on (B, C, H, W) that drops whole channels of an image."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(dim), Attention(dim, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attn(self.norm(x.flatten(2).transpose(1, 2)))
+        y = y.transpose(1, 2).reshape(x.shape)
+        return x + nn.functional.dropout2d(y, 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["images", "channels"])
+def test_chance_that_packing_would_share_among_images_is_refused(kind: str) -> None:
+    dense = TinyViT(order="BNC" if kind == "images" else "BCHW", depth=1)
+    if kind == "images":
+        dense.blocks[0].mlp = nn.Sequential(dense.blocks[0].mlp, OnePerImage())
+    else:
+        dense.blocks[0] = ChannelDropout(16)
+    with pytest.raises(ValueError, match="train mode"):
+        dgefx.convert(lively(dense), 1.0, example_inputs=images(2, 32), config=AVERAGE)
+
+
+def test_dropout_of_single_numbers_is_no_obstacle() -> None:
+    dense = TinyViT(prefix=1)
+    for block in dense.blocks:
+        block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.3))
+    model = dgefx.convert(lively(dense), 0.7, example_inputs=images(2, 32), config=AVERAGE)
+    assert len(dgefx.report(model).converted) == 2
+    assert torch.isfinite(model.train()(images(3, 32))).all()
+
+
+def test_a_mask_may_be_the_same_for_all_keys() -> None:
+    _, tokens, routing = routed()
+    queries = dgefx.kernels.pool.pool(tokens, routing).unflatten(2, (2, 4)).transpose(1, 2)
+    context = tokens.unflatten(2, (2, 4)).transpose(1, 2)
+    found = packed_attention(queries, context, context, routing, torch.randn(2, 31, 1))
+    # the same for all keys changes nothing
+    wanted = packed_attention(queries, context, context, routing)
+    assert torch.allclose(found, wanted, atol=1e-5)

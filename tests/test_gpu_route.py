@@ -8,6 +8,7 @@ PyTorch route, which the other tests compare with the dense model.
 
 from __future__ import annotations
 
+import copy
 import pkgutil
 from typing import Any
 
@@ -160,6 +161,38 @@ def test_triton_kernels_carry_a_model(
     if config != "per_image":
         expected |= {name for name in LAUNCHERS if name.startswith("attend")}
     assert launched == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted there")
+@pytest.mark.parametrize("config", ["per_image", "average"])
+@pytest.mark.usefixtures("launched")
+def test_half_precision_model(config: str) -> None:
+    x = images(2, 24)
+    torch.manual_seed(1)
+    model = dgefx.convert(
+        randomise(Convolved()).eval(), 0.9, example_inputs=x, config=CONFIGS[config]
+    )
+    # float64 levels may differ from those of half precision: the finest everywhere instead
+    dgefx.set_budget(model, 1.0)
+    with torch.no_grad():
+        wanted = model(x)
+        found = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16())
+    # some dozen roundings of 2 ** -8 each, and the interpreter truncates instead of rounding
+    assert found.dtype == torch.bfloat16 and error(found, wanted) <= 12 * 2**-8
+
+
+@pytest.mark.parametrize("config", ["per_image", "average"])
+@pytest.mark.usefixtures("packing")
+def test_autocast_gives_the_types_of_the_dense_block(config: str) -> None:
+    x = images(2, 24)
+    dense = randomise(Convolved()).eval()
+    model = dgefx.convert(dense, 1.0, example_inputs=x, config=CONFIGS[config])
+    stream = torch.randn(2, 36, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for tokens in (stream, stream.bfloat16()):
+            wanted, found = dense.blocks[0](tokens), model.blocks[0](tokens)
+            assert found.dtype == wanted.dtype
+            assert error(found, wanted) <= 12 * 2**-8  # as above
 
 
 class MixFFN(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import (
+    flop_registry,
     register_flop_formula,
     sdpa_backward_flop_count,
     sdpa_flop_count,
@@ -22,6 +23,8 @@ from dgefx.kernels.attend_reference import attend_backward_reference, attend_ref
 from dgefx.kernels.dispatch import takes_triton
 
 __all__ = ["attend"]
+
+_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend(
@@ -53,8 +56,9 @@ def attend(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     _check(q, k, v, offsets)
     _check_bias(q, k, bias, bias_row)
@@ -220,27 +224,29 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.dgefx.attend)
-def _flops(
-    q: torch.Size, k: torch.Size, v: torch.Size, *_: object, out_shape: object, **__: object
-) -> int:
+def _counts(q: Tensor, v: Tensor) -> bool:
+    """Whether torch counts `scaled_dot_product_attention` on this device: of the fused one on the
+    CPU it (2.14) knows no formula, and a ratio to a dense model must count both or neither."""
+    fused_on_cpu = q.device.type == "cpu" and q.shape[2] == v.shape[3]
+    return not fused_on_cpu or _FUSED_ON_CPU in flop_registry
+
+
+@register_flop_formula(torch.ops.dgefx.attend, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
     """As T queries of one image; idle rows count, since which are idle is on the device."""
-    return sdpa_flop_count(*_as_one(q, k, v))
+    return sdpa_flop_count(*_as_one(q, k, v)) if _counts(q, v) else 0
 
 
-@register_flop_formula(torch.ops.dgefx.attend_backward)
-def _backward_flops(
-    grad: torch.Size,
-    q: torch.Size,
-    k: torch.Size,
-    v: torch.Size,
-    *_: object,
-    out_shape: object,
-    **__: object,
-) -> int:
-    return sdpa_backward_flop_count((1, grad[1], grad[0], grad[2]), *_as_one(q, k, v))
+@register_flop_formula(torch.ops.dgefx.attend_backward, get_raw=True)
+def _backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
+    if not _counts(q, v):
+        return 0
+    return sdpa_backward_flop_count(
+        (1, grad.shape[1], grad.shape[0], grad.shape[2]), *_as_one(q, k, v)
+    )
 
 
-def _as_one(q: torch.Size, k: torch.Size, v: torch.Size) -> list[tuple[int, ...]]:
+def _as_one(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, ...]]:
     """Shapes (1, H, ., .) of a dense attention with as many products."""
-    return [(1, q[1], q[0], q[2]), (1, *k[1:]), (1, *v[1:])]
+    rows, heads, head = q.shape
+    return [(1, heads, rows, head), (1, *k.shape[1:]), (1, *v.shape[1:])]

@@ -84,6 +84,7 @@ def packed_attention(
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     bias = row = None
     if attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[2])
         bias, row = query_bias(attn_mask, routing)
         bias = bias.to(query.dtype)
     packed = query.squeeze(0).transpose(0, 1)  # (T, heads, C)

@@ -54,7 +54,14 @@ def stencil(
             f"stencil: tables for {tables.shares.shape[1]} taps, weight {tuple(weight.shape)}"
         )
     taps = weight.flatten(1).t()
-    out = stencil_op(hidden, taps, packing.patch, packing.base, packing.row, *tables, *grid)
+    operands = (packing.patch, packing.base, packing.row, *tables, *grid)
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)  # as a convolution takes it
+        with torch.autocast(kind, enabled=False):
+            out = stencil_op(hidden.to(dtype), taps.to(dtype), *operands)
+    else:
+        out = stencil_op(hidden, taps, *operands)
     return out if bias is None else out + bias.to(out.dtype)
 
 

@@ -24,7 +24,8 @@ def unpool_add_reference(
     update = widened(updated) - widened(queries)
     if gate is not None:
         update = update * widened(gate)[:, None]
-    return (widened(tokens) + update.index_select(0, row)).to(tokens.dtype)
+    result = widened(tokens) + update.index_select(0, row)
+    return result.to(torch.promote_types(tokens.dtype, updated.dtype))
 
 
 @operator("dgefx::unpool_add")
@@ -48,7 +49,7 @@ def unpool_add(
         patch, base, row, start, token, longest: the fields of `dgefx.kernels.packing`.
 
     Returns:
-        (R, C) in the dtype of `tokens`.
+        (R, C) in the dtype of `tokens` plus `updated`, as the addition in the dense block.
     """
     if not takes_triton(tokens):
         return unpool_add_reference(tokens, queries, updated, gate, row)
@@ -71,7 +72,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values = () if gate is None else (gate, queries, updated)
     ctx.save_for_backward(*fields[:5], *values)
     ctx.longest = fields[5]
-    ctx.dtypes = queries.dtype, updated.dtype
+    ctx.dtypes = queries.dtype, updated.dtype, inputs[0].dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -91,7 +92,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             update = update * widened(gate)[:, None]
         for_queries = -update.to(ctx.dtypes[0]) if needs_queries else None
         for_updated = update.to(ctx.dtypes[1]) if needs_updated else None
-    return grad, for_queries, for_updated, for_gate, *[None] * 6
+    return grad.to(ctx.dtypes[2]), for_queries, for_updated, for_gate, *[None] * 6
 
 
 unpool_add.register_autograd(_backward, setup_context=_keep)

@@ -132,6 +132,8 @@ class Router(nn.Module):
         self._stencils = tuple(sorted(stencils)) if windows is None and not prefix else ()
         for kernel in self._stencils:
             found = stencil_tables(grid, config.granularities, kernel)
+            # as integers, since model.half() would round the shares
+            found = found._replace(shares=found.shares.view(torch.int32))
             for name, table in zip(StencilTables._fields, found, strict=True):
                 self.register_buffer(f"stencil_{kernel}_{name}", table.clone(), persistent=False)
         self._window_names: tuple[str, ...] = ()
@@ -263,6 +265,7 @@ class Router(nn.Module):
             if grid == self.grid:
                 names = (f"stencil_{kernel}_{name}" for name in StencilTables._fields)
                 tables = StencilTables(*(cast(Tensor, getattr(self, name)) for name in names))
+                tables = tables._replace(shares=tables.shares.view(torch.float32))
             else:
                 built = stencil_tables(grid, self.config.granularities, kernel)
                 tables = StencilTables(*(table.to(device) for table in built))
@@ -702,7 +705,7 @@ class Router(nn.Module):
 def _certainty(logits: Tensor, levels: Tensor) -> Tensor:
     """(B, R) ones whose gradient is that of the chosen level's probability (paper, eq. 6)."""
     chosen = logits.softmax(-1).gather(2, levels.unsqueeze(-1)).squeeze(-1)
-    return 1.0 + chosen - chosen.detach()
+    return 1.0 + (chosen - chosen.detach())  # in this order exactly 1 in half precision too
 
 
 def _straight_through(

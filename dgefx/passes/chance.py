@@ -13,13 +13,24 @@ from torch.overrides import TorchFunctionMode
 
 
 class WithoutChance(TorchFunctionMode):
-    """Dropout that drops nothing, drop path that drops no image."""
+    """Dropout that drops nothing, drop path that drops no image.
+
+    Args:
+        per_element: leave out the dropout of single numbers only: what is drawn for whole images or
+            channels stays, and must come out as in the dense block.
+    """
+
+    def __init__(self, per_element: bool = False) -> None:
+        super().__init__()
+        self.per_element = per_element
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if self.per_element and name not in ("dropout", "scaled_dot_product_attention"):
+            return func(*args, **kwargs)
         if "dropout" in name and name != "dropout_":
             return args[0] if args else kwargs["input"]
         if name == "bernoulli_":

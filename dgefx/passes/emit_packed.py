@@ -84,7 +84,7 @@ class PackedSplitter(Splitter):
         return super()._emit_context(node)
 
     def _require_whole(self, node: fx.Node, form: Form) -> None:
-        if form.batch is None:
+        if form.batch is None or form.merged or form.inner > 1:
             raise Refused(
                 f"{node.name} merges images with another axis, which packed queries of images of "
                 f"different numbers do not allow; {_INSTEAD}"
@@ -146,14 +146,23 @@ class PackedSplitter(Splitter):
             and value.dim() > 0
             and value.shape[0] == self._images
             and (form is None or form.kind == "free")
+            and self._size_argument(node) is not None
         )
+
+    def _size_argument(self, node: fx.Node) -> int | None:
+        """Position of the size that `node` makes a tensor of, if it was read off something."""
+        first = 1 if op_name(node, self.trace.root).startswith("new_") else 0
+        if len(node.args) <= first:
+            return None
+        read: list[fx.Node] = []
+        fx.map_arg(node.args[first], read.append)
+        return first if read else None
 
     def _create_per_image(self, node: fx.Node) -> fx.Node:
         """Sizes are read off queries, which stand as one image: there are as many as of tokens."""
-        first = 1 if op_name(node, self.trace.root).startswith("new_") else 0
+        first = self._size_argument(node)
+        assert first is not None
         args = list(fx.map_arg(node.args, lambda source: self._operand(source, False)))
-        if len(args) <= first:
-            raise Refused(f"{node.name}: a tensor per image whose size is not positional")
         size: Any = node.args[first]
         size = self.trace.values[size] if isinstance(size, fx.Node) else size
         if isinstance(size, int):

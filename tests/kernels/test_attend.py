@@ -314,11 +314,20 @@ def test_compiles_without_a_break() -> None:
 def test_counted_like_dense_attention() -> None:
     q, k, v = (torch.randn(3, 2, 20, 16) for _ in range(3))
     packed = q.transpose(1, 2).flatten(0, 1).requires_grad_()
-    # PyTorch has no count for the CPU's fused attention, only for its parts
+    offsets = torch.arange(0, 61, 20)
+    # on one device torch counts both or neither
+    with FlopCounterMode(display=False) as fused:
+        F.scaled_dot_product_attention(q, k, v)
+    with FlopCounterMode(display=False) as ragged:
+        attend(packed, k, v, offsets)
+    assert ragged.get_total_flops() == fused.get_total_flops()
+    # its formulas, on a device without a fused attention
+    q, k, v, offsets = (t.detach().to("meta") for t in (q, k, v, offsets))
+    packed = packed.detach().to("meta").requires_grad_()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as dense:
         F.scaled_dot_product_attention(q, k, v)
     with FlopCounterMode(display=False) as forward:
-        out = attend(packed, k, v, torch.arange(0, 61, 20))
+        out = attend(packed, k, v, offsets)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     product = 2 * 60 * 2 * 20 * 16

@@ -82,11 +82,13 @@ def launch_spread(
         empty: makes the result before the kernel fills it.
 
     Returns:
-        (R, C) in the dtype of `residual`, or else of `plus`.
+        (R, C) in the dtype of `residual` plus `plus`, or else of `plus`.
     """
     rows, channels = row.shape[0], plus.shape[1]
     plus = plus.contiguous()
-    dtype = plus.dtype if residual is None else residual.dtype
+    dtype = plus.dtype
+    if residual is not None:
+        dtype = torch.promote_types(residual.dtype, plus.dtype)
     out = empty((rows, channels), dtype=dtype, device=plus.device)
     blocks = blocks_of(channels)
     grid = (cover(rows, blocks.rows), cover(channels, blocks.channels))

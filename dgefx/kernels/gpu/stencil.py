@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgefx.kernels.gpu.blocks import cover, identity
+from dgefx.kernels.gpu.blocks import cover, device_of, identity
 
 #: programs that share the queries of one coefficient's gradient: enough to fill a GPU together
 #: with the reads and the channel blocks, few enough that their sums stay small beside `hidden`
@@ -188,24 +188,25 @@ def run_stencil(
     queries, channels = hidden.shape
     out = empty((queries, channels), dtype=hidden.dtype, device=hidden.device)
     block_q, block_c = tile_of(channels)
-    launch(stencil_kernel)[(cover(queries, block_q), cover(channels, block_c))](
-        hidden.contiguous(),
-        coefficients.contiguous(),
-        patch.contiguous(),
-        base.contiguous(),
-        row.contiguous(),
-        place,
-        start,
-        reads,
-        out,
-        queries,
-        channels,
-        height,
-        width,
-        ADJOINT=adjoint,
-        BLOCK_Q=block_q,
-        BLOCK_C=block_c,
-    )
+    with device_of(hidden):
+        launch(stencil_kernel)[(cover(queries, block_q), cover(channels, block_c))](
+            hidden.contiguous(),
+            coefficients.contiguous(),
+            patch.contiguous(),
+            base.contiguous(),
+            row.contiguous(),
+            place,
+            start,
+            reads,
+            out,
+            queries,
+            channels,
+            height,
+            width,
+            ADJOINT=adjoint,
+            BLOCK_Q=block_q,
+            BLOCK_C=block_c,
+        )
     return out
 
 
@@ -228,20 +229,21 @@ def run_coefficients(
     entries = reads.shape[0]
     partial = empty((splits, entries, channels), dtype=torch.float32, device=hidden.device)
     block_q, block_c = tile_of(channels)
-    launch(coefficients_kernel)[(entries, splits, cover(channels, block_c))](
-        grad.contiguous(),
-        hidden.contiguous(),
-        patch.contiguous(),
-        base.contiguous(),
-        row.contiguous(),
-        place,
-        reads,
-        partial,
-        queries,
-        channels,
-        height,
-        width,
-        BLOCK_Q=block_q,
-        BLOCK_C=block_c,
-    )
+    with device_of(hidden):
+        launch(coefficients_kernel)[(entries, splits, cover(channels, block_c))](
+            grad.contiguous(),
+            hidden.contiguous(),
+            patch.contiguous(),
+            base.contiguous(),
+            row.contiguous(),
+            place,
+            reads,
+            partial,
+            queries,
+            channels,
+            height,
+            width,
+            BLOCK_Q=block_q,
+            BLOCK_C=block_c,
+        )
     return partial.sum(0)
