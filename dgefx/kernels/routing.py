@@ -16,7 +16,7 @@ from dgefx.kernels.packing import Packing
 from dgefx.kernels.pool import Places
 from dgefx.kernels.ragged import Ragged
 from dgefx.kernels.stencil_tables import StencilTables
-from dgefx.kernels.window import WindowSlots
+from dgefx.kernels.window_slots import WindowSlots
 
 
 class Routing(NamedTuple):

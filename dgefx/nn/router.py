@@ -30,7 +30,7 @@ from dgefx.kernels.ragged import Ragged, assign_ragged, level_counts
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import spread_rows
 from dgefx.kernels.stencil_tables import StencilTables, stencil_tables
-from dgefx.kernels.window import WindowTables, ragged_window_slots, window_slots
+from dgefx.kernels.window_slots import WindowTables, ragged_window_slots, window_slots
 from dgefx.nn.capacity import Plan, rescale
 from dgefx.nn.detail import importance_logits, nested_gains, patch_energies, region_gains
 from dgefx.nn.hierarchy import (

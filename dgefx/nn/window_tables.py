@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dgefx.kernels.pool import Places
-from dgefx.kernels.window import WindowTables
+from dgefx.kernels.window_slots import WindowTables
 from dgefx.nn.hierarchy import existing_patches, side_counts
 from dgefx.nn.windows import AxisTiling, Tiling
 
