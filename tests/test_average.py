@@ -173,8 +173,9 @@ def test_gates_decide_and_the_capacity_demotes() -> None:
     model = dgefx.convert(dense, 0.75, example_inputs=x, config=free)
     gate = blocks(model)["blocks.0"].dge_router.gate
     assert gate is not None
-    nn.init.normal_(gate.weight)
-    nn.init.zeros_(gate.bias)
+    nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gate.bias.copy_(torch.tensor([2.0, 0.0, 0.0]))  # most ask for the finest level
     bounded = DGEConfig(budget="average", router="linear")
     held = dgefx.convert(dense, 0.75, example_inputs=x, config=bounded)
     held.load_state_dict(model.state_dict())

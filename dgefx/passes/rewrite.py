@@ -15,7 +15,8 @@ from dgefx.nn.block import DGEBlock, GraphCode, GridShape
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.capacity import Plan, plans
 from dgefx.nn.hierarchy import Grid
-from dgefx.nn.router import Router, space_of
+from dgefx.nn.router import Router
+from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.grid import Layout

@@ -14,7 +14,8 @@ from dgefx.kernels.pool import pool
 from dgefx.kernels.unpool import unpool
 from dgefx.kernels.window import WindowAxes, from_slots, pool_slots, repack, to_slots
 from dgefx.nn.capacity import plans
-from dgefx.nn.router import Router, space_of
+from dgefx.nn.router import Router
+from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import Tiling, WindowRule, axis_map
 
 CASES = st.fixed_dictionaries(
