@@ -13,8 +13,9 @@ class BlockReport:
     """One attention block of the model.
 
     name: module name. status: "converted" or "dense". reason: why it stays dense, else "".
-    ratio: its MACs over the dense block's (1.0 if dense). slots: queries per image and level,
-    finest first, without prefix tokens. grid: (H, W) tokens. prefix: prefix tokens.
+    ratio: its MACs over the dense block's (1.0 if dense). slots: queries per image and level (under
+    the average budget: on average), finest first, without prefix tokens. grid: (H, W) tokens.
+    prefix: prefix tokens.
     """
 
     name: str
