@@ -116,7 +116,7 @@ def calibrate(
     with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
         example = ExampleCall(record.example, target)
         batches = read_images(images, example, max_images, batch_size)
-        with _preserved(target, record):
+        with _preserved(target, record), _bounded(target, record):
             Session(target, record, CalibrationCalls(target, example, batches), settings).run()
             apply_budget(target, record, value)
     return model
@@ -143,6 +143,20 @@ def set_budget(model: nn.Module, gamma: float) -> nn.Module:
     record = conversion_record(model)
     apply_budget(unwrap(model), record, check_gamma(gamma))
     return model
+
+
+@contextmanager
+def _bounded(model: nn.Module, record: Record) -> Iterator[None]:
+    """Gates that may ask for any number of queries keep to the plans that are measured."""
+    routers = [block.dge_router for block in converted_blocks(model, record).values()]
+    configs = [router.config for router in routers]
+    for router, config in zip(routers, configs, strict=True):
+        router.config = config.bounded()
+    try:
+        yield
+    finally:
+        for router, config in zip(routers, configs, strict=True):
+            router.config = config
 
 
 @contextmanager

@@ -570,3 +570,12 @@ def test_a_mask_may_be_the_same_for_all_keys() -> None:
     # the same for all keys changes nothing
     wanted = packed_attention(queries, context, context, routing)
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_calibration_measures_plans_whatever_the_gates_ask_for() -> None:
+    config = DGEConfig(budget="average", router="linear", capacity=None)
+    x = images(8, 48)
+    model = dgefx.convert(lively(TinyViT(prefix=1)), 0.7, example_inputs=x[:2], config=config)
+    dgefx.calibrate(model, x, refine_passes=0, progress=False)
+    assert dgefx.report(model).ratio > 0.65  # not the floor, as if nothing were lost there
+    assert all(b.dge_router.config == config for b in blocks(model).values())
