@@ -1,5 +1,6 @@
 """dgefx: any vision transformer, rewritten into a Dynamic Grained Encoder."""
 
+from dgefx.budget_loss import budget_loss, measured_ratio
 from dgefx.calibrate import calibrate, set_budget
 from dgefx.config import DGEConfig
 from dgefx.convert import convert, explain, report, revert
@@ -13,11 +14,13 @@ __all__ = [
     "BlockReport",
     "DGEConfig",
     "Report",
+    "budget_loss",
     "calibrate",
     "convert",
     "explain",
     "granularity_maps",
     "load",
+    "measured_ratio",
     "plot_granularity",
     "plot_sensitivity",
     "report",

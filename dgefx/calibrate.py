@@ -20,6 +20,7 @@ from dgefx.calibration.session import Session, Settings
 from dgefx.record import (
     Record,
     apply_budget,
+    check_unsharded,
     conversion_record,
     converted_blocks,
     train_corrections_like_block,
@@ -103,6 +104,7 @@ def calibrate(
     """
     record = conversion_record(model)
     target = unwrap(model)
+    check_unsharded(target, "calibrate")
     value = record.gamma if gamma is None else check_gamma(gamma)
     _check_count("max_images", max_images, 1)
     _check_count("batch_size", batch_size, 1)

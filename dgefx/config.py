@@ -43,7 +43,8 @@ class DGEConfig:
         routing: ``"nested"``: every patch decides for itself whether it is split into the patches
             of the next finer level, so a region may hold several granularities; ``"region"``: the
             paper's, one granularity per region and image; ``"layer"``: one granularity per layer
-            (the paper's ablation). ``None`` means nested, or region where `region` is given or the
+            (the paper's ablation); with the linear router per layer and image, decided on the
+            image's mean token. ``None`` means nested, or region where `region` is given or the
             router is linear.
         router: ``"detail"``: the training-free within-patch variance; ``"linear"``: the paper's
             gate, one linear layer on the region's mean token (section 3.2).
@@ -92,6 +93,12 @@ class DGEConfig:
             raise ValueError(
                 'routing "nested" has no linear router: the paper\'s gate picks one granularity '
                 'per region; use routing="region" with router="linear", or router="detail"'
+            )
+        if self.routing == "layer" and self.router == "linear" and self.budget == "per_image":
+            raise ValueError(
+                'routing "layer" leaves a linear router nothing to decide under the per-image '
+                "budget, where a layer has one granularity for all images; use "
+                'budget="average", where every image asks for its own, or router="detail"'
             )
         if self.routing_mode == "nested" and self.region not in (None, unit):
             raise ValueError(

@@ -15,7 +15,17 @@ from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
 from dgefx.passes.rewrite import put
-from dgefx.record import RECORD, Record, conversion_record, describe_call, guessed_choices, unwrap
+from dgefx.record import (
+    RECORD,
+    Record,
+    check_unsharded,
+    conversion_record,
+    converted_blocks,
+    describe_call,
+    guessed_choices,
+    open_gates,
+    unwrap,
+)
 from dgefx.report import Report
 
 
@@ -127,6 +137,7 @@ def install_analysis(
         analysis.images,
     )
     setattr(target, RECORD, record)
+    open_gates(converted_blocks(target, record), gamma)
     return target
 
 
@@ -158,6 +169,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError, ValueError: not a converted model.
     """
     conversion_record(model)
+    check_unsharded(model, "revert")
     target = unwrap(model) if inplace else copy.deepcopy(unwrap(model))
     for name, module in list(target.named_modules()):
         if isinstance(module, DGEBlock):

@@ -100,13 +100,28 @@ def converted_blocks(model: nn.Module, record: Record) -> dict[str, DGEBlock]:
             block = unwrap(model.get_submodule(name))
         except AttributeError:
             block = None
-        if type(block) is not DGEBlock:
+        if not isinstance(block, DGEBlock):  # sharded blocks are of a type derived from it
             raise ValueError(
                 f"block {name} was converted but is now {type(block).__name__}; put the converted "
                 f"block back, or convert the changed model again (dgefx.revert undoes a conversion)"
             )
         found[name] = block
     return found
+
+
+def check_unsharded(model: nn.Module, call: str) -> None:
+    """Raise ValueError where converted blocks hold shards of their weights (FSDP2).
+
+    Args:
+        call: what cannot be done with such a model.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DGEBlock) and type(module) is not DGEBlock:
+            raise ValueError(
+                f"model is sharded (block {name} is {type(module).__name__}), which {call} does "
+                f"not know; call it before sharding, or load the weights that "
+                f"dgefx.training.save_checkpoint wrote into an unsharded converted model"
+            )
 
 
 def set_plans(blocks: Mapping[str, DGEBlock], chosen: Mapping[str, Plan]) -> None:
@@ -161,6 +176,12 @@ def apply_budget(model: nn.Module, record: Record, gamma: float) -> None:
     apply_plans(model, record, chosen, gamma)
 
 
+def open_gates(blocks: Mapping[str, DGEBlock], gamma: float) -> None:
+    """Gates without a capacity ask in every block, unless all of the model is to be dense."""
+    for block in blocks.values():
+        block.dge_router.open = gamma < 1.0
+
+
 def apply_plans(model: nn.Module, record: Record, chosen: dict[str, Plan], gamma: float) -> None:
     """Give every block its slots and update the report, from the blocks' costs."""
     blocks = converted_blocks(model, record)
@@ -173,6 +194,7 @@ def apply_plans(model: nn.Module, record: Record, chosen: dict[str, Plan], gamma
         reports[name] = dataclasses.replace(
             reports[name], ratio=macs / max(cost.dense, 1), slots=plan.capacities
         )
+    open_gates(blocks, gamma)
     choices = budget_choices(model, record)
     record.gamma = gamma
     record.report = dataclasses.replace(

@@ -26,6 +26,7 @@ from dgefx.record import (
     BlockTable,
     Calibration,
     apply_plans,
+    check_unsharded,
     conversion_record,
     converted_blocks,
     describe_tensor,
@@ -50,6 +51,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     record = conversion_record(model)
     model = unwrap(model)
+    check_unsharded(model, "save")
     if wrapped := [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]:
         raise ValueError(
             f"modules {wrapped} are wrapped by torch.compile, which changes the names of their "

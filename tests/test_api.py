@@ -188,7 +188,7 @@ def test_deepcopy_and_pickle(converted: nn.Module) -> None:
 
 
 def test_config_round_trips() -> None:
-    config = dgefx.DGEConfig(granularities=(1, 3), region=6, routing="layer", router="linear")
+    config = dgefx.DGEConfig(granularities=(1, 3), region=6, routing="layer", router="detail")
     assert dgefx.DGEConfig.from_json(config.to_json()) == config
     # defaults stay defaults when other fields are replaced
     other = dataclasses.replace(dgefx.DGEConfig(), router="linear", granularities=(1, 3))

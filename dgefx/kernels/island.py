@@ -1,7 +1,9 @@
 """Islands: an operation that needs the real grid, between un-pooling and pooling.
 
 The exact fallback for whatever mixes tokens in the query path but keeps the grid. Slow for wide
-hidden layers: `kernels.stencil` does the common case (depthwise convolutions) without it.
+hidden layers: `kernels.stencil` does the common case (depthwise convolutions) without it. Where
+all granularities are computed (`kernels.alternatives`), the operation sees 1 + L grids per image:
+the chosen mixture and every level alone.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dgefx.kernels.alternatives import choose, unpool_levels
 from dgefx.kernels.pool import patch_means, patch_sums
 from dgefx.kernels.ragged import body_queries, body_slots
 from dgefx.kernels.routing import Routing
@@ -37,16 +40,22 @@ def unpool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix:
     Args:
         value: images on axis 0, queries on `axes` (a grid stands as (queries, 1)).
         prefix: whether the prefix tokens are among the queries.
+
+    Returns:
+        Images on axis 0 and tokens on `axes`; with alternatives 1 + L times as many images.
     """
     rows, rest = _to_rows(value, axes)
-    if routing.ragged is not None:
-        index = routing.ragged.row if prefix else body_slots(routing)
-        dense = spread_rows(rows, index)
-        return _from_rows(dense, rest, axes, routing.grid)
     count = routing.prefix if prefix else 0
-    dense = gather_rows(rows[:, count:], routing.token_slot)
-    if count:
-        dense = torch.cat([rows[:, :count], dense], 1)
+    if routing.ragged is not None:
+        dense = spread_rows(rows, routing.ragged.row if prefix else body_slots(routing))
+    else:
+        dense = gather_rows(rows[:, count:], routing.token_slot)
+        if count:
+            dense = torch.cat([rows[:, :count], dense], 1)
+    if routing.alternatives is not None:
+        alone = unpool_levels(rows, routing.alternatives, routing.prefix - count)
+        front = dense[:, :count]
+        dense = torch.cat([dense, *(torch.cat([front, level], 1) for level in alone)], 0)
     return _from_rows(dense, rest, axes, routing.grid)
 
 
@@ -54,25 +63,33 @@ def pool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: b
     """The inverse direction: patch means of a dense value for every query."""
     rows, rest = _to_rows(value, axes)
     count = routing.prefix if prefix else 0
-    body = rows[:, count:]
-    sums = patch_sums(body, routing.grid, routing.granularities, routing.places)
+    means = _means(rows[:, count:], routing)
+    if routing.alternatives is not None:
+        rows = rows[: routing.alternatives.weights.shape[0]]
     parts = [rows[:, :count]] if count else []
     if routing.ragged is not None:
-        parts.append(body)
-        for total, tokens in zip(sums[1:], routing.patch_tokens[1:], strict=True):
-            parts.append(patch_means(total, tokens, body.dtype))
+        parts += means
         left_out = routing.prefix - count
         table = torch.cat(parts, 1).flatten(0, 1)
         pooled = table.index_select(0, routing.ragged.flat(left_out)).unsqueeze(0)
         pooled = pooled if prefix else body_queries(pooled, routing, 1)
         return _from_rows(pooled, rest, axes, (pooled.shape[1], 1))
     for level, patches in enumerate(routing.patches):
-        if patches is None:
-            continue
-        if level == 0:
-            parts.append(gather_rows(body, patches))
-        else:
-            means = patch_means(sums[level], routing.patch_tokens[level], body.dtype)
-            parts.append(gather_rows(means, patches))
+        if patches is not None:
+            parts.append(gather_rows(means[level], patches))
     pooled = torch.cat(parts, 1)
     return _from_rows(pooled, rest, axes, (pooled.shape[1], 1))
+
+
+def _means(body: Tensor, routing: Routing) -> list[Tensor]:
+    """Per level (B, P, F), patch means of (B, N, F) tokens; see `unpool_value` for alternatives."""
+    sums = patch_sums(body, routing.grid, routing.granularities, routing.places)
+    means = [body]
+    for total, tokens in zip(sums[1:], routing.patch_tokens[1:], strict=True):
+        means.append(patch_means(total, tokens, body.dtype))
+    alternatives = routing.alternatives
+    if alternatives is None:
+        return means
+    grids = 1 + len(means)
+    apart = [mean.unflatten(0, (grids, -1)) for mean in means]
+    return [choose(m[0], m[1 + level], alternatives, level) for level, m in enumerate(apart)]

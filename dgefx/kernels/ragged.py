@@ -104,6 +104,30 @@ def assign_ragged(
     )
 
 
+def assign_all(row: Tensor, exists: Tensor, prefix: int) -> Ragged:
+    """Every patch of every level is a query of every image, see `dgefx.kernels.alternatives`.
+
+    Args:
+        row: (B, N) query of every grid token's chosen patch, among its image's.
+        exists: (P,) bool, which of the patches hold tokens; the others compute any finite values.
+    """
+    (images, _), device = row.shape, row.device
+    count = prefix + exists.shape[0]
+    start = torch.arange(images, device=device)[:, None] * count
+    own = torch.arange(count, device=device)
+    there = F.pad(exists, (prefix, 0), value=True)
+    front = torch.arange(prefix, device=device).expand(images, -1)
+    queries = torch.arange(images * count, device=device)
+    return Ragged(
+        torch.where(there, own, prefix).repeat(images),
+        queries // count,
+        torch.arange(images + 1, device=device) * count,
+        torch.cat([front, row], 1) + start,
+        torch.where(there, own + start, -1),
+        count,
+    )
+
+
 def to_padded(queries: Tensor, ragged: Ragged, longest: int) -> Tensor:
     """(T, F) packed rows to (B, longest, F), rows past an image's own holding others' values."""
     place = ragged.offsets[:-1, None] + torch.arange(longest, device=queries.device)

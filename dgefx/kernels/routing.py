@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dgefx.kernels.alternatives import Alternatives
 from dgefx.kernels.correction import Correction
 from dgefx.kernels.packing import Packing
 from dgefx.kernels.pool import Places
@@ -45,6 +46,7 @@ class Routing(NamedTuple):
     ragged: Ragged | None = None  # where the queries are, if images differ in their number
     packing: Packing | None = None  # for the operators, where the tensors are on a GPU
     stencils: tuple[tuple[int, StencilTables], ...] = ()  # with `packing`: per kernel size
+    alternatives: Alternatives | None = None  # all granularities at once, to train gates
 
     @property
     def capacities(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgefx.kernels.alternatives import weighted_updates
 from dgefx.kernels.correction import corrected_update
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import gather_rows
@@ -62,7 +63,12 @@ def unpool_add(tokens: Tensor, queries: Tensor, updated: Tensor, routing: Routin
         front = 0 if routing.ragged is not None else routing.prefix
         gate = F.pad(routing.gate, (front, 0), value=1.0)
         update = update * gate.unsqueeze(-1).to(update.dtype)
-    return tokens + unpool(update, routing)
+    output = tokens + unpool(update, routing)
+    if routing.alternatives is not None:
+        output = output + weighted_updates(
+            update, routing.alternatives, routing.token_region, routing.prefix
+        )
+    return output
 
 
 def corrected(output: Tensor, tokens: Tensor, queries: Tensor, routing: Routing) -> Tensor:

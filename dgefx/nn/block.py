@@ -7,6 +7,7 @@ passes generated: one version for eval and one for train mode.
 
 from __future__ import annotations
 
+import functools
 import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +110,26 @@ class Constants(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
 
+@functools.cache
+def _mixed_type(assigned: type, answered: type, real: type) -> type:
+    """`assigned` with `real` as its base in the place of `answered`.
+
+    One type per class assigned, as without this library: torch.compile guards on types.
+
+    Raises:
+        TypeError: `assigned` adds no mixin to `answered`.
+    """
+    if answered not in assigned.__bases__ or len(assigned.__bases__) < 2:
+        raise TypeError(
+            f"a converted block in the place of {answered.__name__} can only be given mixins "
+            f"(as fully_shard does), a class with {answered.__name__} and others as bases; found "
+            f"{assigned.__name__} with bases {[base.__name__ for base in assigned.__bases__]}"
+        )
+    bases = tuple(real if base is answered else base for base in assigned.__bases__)
+    own = {k: v for k, v in vars(assigned).items() if k not in ("__dict__", "__weakref__")}
+    return type(assigned.__name__, bases, {**own, "_dge_class": assigned})
+
+
 def _empty_block() -> DGEBlock:
     """For pickle and deepcopy, which take `__class__` at its word."""
     return DGEBlock.__new__(DGEBlock)
@@ -128,6 +149,9 @@ class DGEBlock(nn.Module):
     Shape:
         as the block it replaces.
     """
+
+    #: what `__class__` answers; None: the dense block's class. Of the type, see `_mixed_type`
+    _dge_class: type | None = None
 
     def __init__(
         self,
@@ -153,20 +177,50 @@ class DGEBlock(nn.Module):
         self._dge_spec = spec
         self.dge_grid_shape = grid_shape
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """isinstance() also answers for the block this one stands in for.
 
         Libraries find the layers of a model that way (transformers records hidden states so).
         """
         dense = self.__dict__.get("_dge_dense")
-        return type(self) if dense is None else type(dense[0])
+        if dense is None:
+            return type(self)
+        return type(self)._dge_class or type(dense[0])
+
+    @__class__.setter
+    def __class__(self, assigned: type) -> None:
+        """Take the mixins of `assigned`, a class derived from them and from what was answered.
+
+        That is how PyTorch shards a module (`fully_shard`). Taken at its word the block would run
+        the dense block's forward; it stays a `DGEBlock` with the mixins in front.
+
+        Raises:
+            TypeError: `assigned` is another kind of class.
+        """
+        answered: type = self.__class__
+        real: type = type(self)
+        object.__dict__["__class__"].__set__(self, _mixed_type(assigned, answered, real))
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
+        if type(self) is not DGEBlock:  # it would come back without what its mixins set up
+            raise TypeError(
+                f"a converted block that became {type(self).__name__} can be neither pickled nor "
+                f"copied; save its state dict, see dgefx.training.checkpoint"
+            )
         return _empty_block, (), self.__getstate__()
 
     def dense_block(self) -> nn.Module:
-        """The block this one was made from, sharing its parameters, in this one's mode."""
+        """The block this one was made from, sharing its parameters, in this one's mode.
+
+        Raises:
+            ValueError: this one is sharded, which the dense block knows nothing of.
+        """
+        if type(self) is not DGEBlock:
+            raise ValueError(
+                f"a converted block that became {type(self).__name__} cannot be reverted; load its "
+                f"weights into an unsharded converted model and revert that"
+            )
         (dense,) = self._dge_dense
         dense.training = self.training
         return dense

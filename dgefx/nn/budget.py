@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dgefx.nn.capacity import Plan
 
@@ -48,6 +49,22 @@ class BlockCost:
         bottom = self.coarsest - self._in_windows(low)
         top = self.finest - self._in_windows(high)
         return bottom + (top - bottom) * share + self._in_windows(plan)
+
+    def macs_asked(self, queries: Tensor) -> Tensor:
+        """MACs of the converted block when gates ask for so many queries, of any level.
+
+        Args:
+            queries: per image, prefix tokens not counted; gradients flow.
+        """
+        low, high = self.plans[0], self.plans[-1]
+        if low.slots == high.slots:
+            return queries * 0.0 + float(self.finest)
+        bottom = self.coarsest - self._in_windows(low)
+        top = self.finest - self._in_windows(high)
+        share = (queries - low.slots) / (high.slots - low.slots)
+        # windows have the slots of all levels where any level may be asked for
+        held = max((slots for _, slots in self.slots), default=0)
+        return bottom + (top - bottom) * share + self.slot_macs * held
 
     def _in_windows(self, plan: Plan) -> float:
         if not self.slots:

@@ -8,7 +8,7 @@ numbers the slots; the block's kernels read the result.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,26 +21,24 @@ from dgefx.kernels.allocate import (
     assign_slots,
     assign_slots_on_gpu,
 )
+from dgefx.kernels.alternatives import Alternatives, alternative_rows
 from dgefx.kernels.batch_budget import demote, share_levels, share_nested
 from dgefx.kernels.correction import Correction, mean_features
 from dgefx.kernels.dispatch import takes_triton
 from dgefx.kernels.packing import ragged_packing, static_packing
 from dgefx.kernels.pool import patch_means, patch_sums, pool, sum_children
-from dgefx.kernels.ragged import Ragged, assign_ragged, level_counts
+from dgefx.kernels.ragged import Ragged, assign_all, assign_ragged, level_counts
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import spread_rows
 from dgefx.kernels.window_slots import ragged_window_slots, window_slots
 from dgefx.nn.capacity import Plan, rescale
 from dgefx.nn.detail import importance_logits, nested_gains, patch_energies, region_gains
-from dgefx.nn.hierarchy import (
-    LevelTables,
-    divides,
-    side_counts,
-)
+from dgefx.nn.gate import Gate, certainty
+from dgefx.nn.hierarchy import LevelTables, divides, side_counts
 from dgefx.nn.router_tables import RouterTables
 from dgefx.nn.windows import Tiling, WindowRule
 
-FINEST_PROBABILITY = 0.95
+Number = TypeVar("Number", int, Tensor)
 
 
 class Scores(NamedTuple):
@@ -49,7 +47,8 @@ class Scores(NamedTuple):
     tables: list[LevelTables]
     sums: list[Tensor]  # per level (B, rows, columns, C)
     energies: list[Tensor] | None  # per level (B, rows, columns, 1), see `patch_energies`
-    logits: Tensor | None  # (B, R, levels) of the learned gate
+    logits: Tensor | None  # (B, R, levels) of the learned gate; R = 1 under layer routing
+    chances: Tensor | None = None  # the same, see `dgefx.nn.gate.Decision`
 
 
 class Router(RouterTables):
@@ -67,6 +66,9 @@ class Router(RouterTables):
         stencils: kernel sizes of the block's depthwise convolutions.
 
     Attributes:
+        gate: with the linear router, else None.
+        open: whether a gate without capacity asks in this block although its plan is the finest;
+            set where a budget below 1 is.
         importance: (C,) or None; fitted by `dgefx.calibrate`, weighs the detail of a region.
         correction_down, correction_up: (2 C + 1, k) and (k, C) or None; fitted by
             `dgefx.calibrate`, see `dgefx.kernels.correction`.
@@ -96,10 +98,8 @@ class Router(RouterTables):
         self.register_buffer("importance", None)
         self.correction_down: nn.Parameter | None = None
         self.correction_up: nn.Parameter | None = None
-        self.gate: nn.Linear | None = None
-        if config.router == "linear":
-            self.gate = nn.Linear(channels, config.levels)
-            self.reset_gate()
+        self.gate = Gate(channels, config.levels) if config.router == "linear" else None
+        self.open = False
 
     def attention_slots(self, plan: Plan) -> int:
         """Slots of all windows of an image under `plan`, at the converted size; 0 without them."""
@@ -125,15 +125,13 @@ class Router(RouterTables):
         """Whether regions take the level that the gate gives them, whatever the plan."""
         return self.config.packs and self.gate is not None
 
-    def reset_gate(self) -> None:
-        """Small weights; bias such that the finest level starts at p = 0.95 (section 4.1)."""
-        assert self.gate is not None
-        nn.init.trunc_normal_(self.gate.weight, std=0.02)
-        nn.init.zeros_(self.gate.bias)
-        others = max(self.config.levels - 1, 1)
-        odds = FINEST_PROBABILITY * others / (1.0 - FINEST_PROBABILITY)
-        with torch.no_grad():
-            self.gate.bias[0] = torch.tensor(odds).log()
+    def decides(self, plan: Plan) -> bool:
+        """Whether there is anything to decide under `plan`, or all is at its finest."""
+        return any(plan.capacities[1:]) or (self.open and self.config.capacity is None)
+
+    @property
+    def _asks_by_layer(self) -> bool:
+        return self.asks and self.config.routing_mode == "layer"
 
     def extra_repr(self) -> str:
         return (
@@ -256,18 +254,26 @@ class Router(RouterTables):
 
     def correction_macs(self, plan: Plan) -> int:
         """MACs per image of the correction under `plan`."""
+        return self.correction_macs_asked(plan.slots) if any(plan.capacities[1:]) else 0
+
+    def correction_macs_asked(self, queries: Number) -> Number:
+        """The same of so many queries per image, prefix tokens not counted; gradients flow."""
         weights = self.correction
-        if weights is None or not any(plan.capacities[1:]):
-            return 0
+        if weights is None:
+            return queries * 0
         rank, channels = weights.up.shape
+        packed = self.prefix if self.config.packs else 0  # prefix tokens are not apart there
         grid_tokens = self.grid[0] * self.grid[1]
-        return rank * (2 * channels * grid_tokens + (2 * channels + 1) * plan.slots)
+        return rank * (2 * channels * grid_tokens + (2 * channels + 1) * (queries + packed))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Routing:
         plan = self.plan
         if grid != self.grid:
             plan = rescale(plan, self.space(self.grid), self.space(grid), self.config)
         scores = self.scores(tokens, grid)
+        if self.gate is not None and scores.logits is not None:
+            logits, chances = self.gate.decide(scores.logits)
+            scores = scores._replace(logits=logits, chances=chances)
         if self.asks:
             return self._ask(tokens, grid, scores, plan)
         with torch.no_grad():
@@ -276,14 +282,20 @@ class Router(RouterTables):
         return self._routing(tokens, grid, scores, levels, plan, total)
 
     def _ask(self, tokens: Tensor, grid: tuple[int, int], scores: Scores, plan: Plan) -> Routing:
-        """Every region at its gate's arg max (paper, section 3.2), within the capacity."""
-        images, logits = tokens.shape[0], scores.logits
-        assert logits is not None
-        if not any(plan.capacities[1:]):  # the finest plan is the dense model, whatever the gate
-            levels = torch.zeros_like(logits[..., 0], dtype=torch.int64)
+        """Every region at its gate's arg max (paper, section 3.2), within the capacity.
+
+        Under layer routing the image is one region.
+        """
+        images, logits, gate = tokens.shape[0], scores.logits, self.gate
+        assert logits is not None and gate is not None
+        costs = [table.region_cost for table in scores.tables]
+        regions = costs[0].shape[0]
+        if not self.decides(plan):  # the finest plan is the dense model, whatever the gate
+            levels = torch.zeros_like(logits[..., 0], dtype=torch.int64).expand(-1, regions)
             total = images * (self.prefix + plan.slots)
             return self._routing(tokens, grid, scores, levels, plan, total)
-        costs = [table.region_cost for table in scores.tables]
+        if self._asks_by_layer:
+            costs = [cost.sum(0, keepdim=True) for cost in costs]
         with torch.no_grad():
             levels = logits.argmax(-1)
             if self.config.capacity is None:
@@ -294,6 +306,9 @@ class Router(RouterTables):
                 steps = (logits[..., :-1] - logits[..., 1:]).float()
                 levels = demote(levels, steps, costs, images * plan.slots)
                 total = images * (self.prefix + plan.slots)
+        if self.config.capacity is None:
+            gate.ask(scores.chances, levels, costs)
+        levels = levels.expand(-1, regions)
         return self._routing(tokens, grid, scores, levels, plan, total)
 
     def _allocate(
@@ -341,7 +356,7 @@ class Router(RouterTables):
         counts = level_counts(levels, [table.region_cost for table in scores.tables])
         needed = Plan(tuple(int(most) for most in counts.amax(0)))
         total = tokens.shape[0] * self.prefix + int(counts.sum())
-        return self._routing(tokens, grid, scores._replace(logits=None), levels, needed, total)
+        return self._routing(tokens, grid, scores._replace(chances=None), levels, needed, total)
 
     def _region_means(
         self, sums: list[Tensor], tables: list[LevelTables], grid: tuple[int, int]
@@ -358,9 +373,13 @@ class Router(RouterTables):
     def _gate_logits(
         self, sums: list[Tensor], tables: list[LevelTables], grid: tuple[int, int]
     ) -> Tensor:
-        """(B, R, L): one linear layer on every region's mean token (paper, eq. 1)."""
+        """(B, R, L): one linear layer on every region's mean token (paper, eq. 1); under layer
+        routing (B, 1, L), on the image's."""
         assert self.gate is not None
         mean = self._region_means(sums, tables, grid).flatten(1, 2)
+        if self._asks_by_layer:
+            count = tables[0].region_cost
+            mean = (mean * count.unsqueeze(-1)).sum(1, keepdim=True) / count.sum()
         return self.gate(mean.to(self.gate.weight.dtype))
 
     def _lost_shares(self, energies: list[Tensor], patches: tuple[Tensor | None, ...]) -> Tensor:
@@ -403,11 +422,14 @@ class Router(RouterTables):
         total: int,
     ) -> Routing:
         levels = levels.expand(tokens.shape[0], -1)
-        if self.config.packs:
+        gate = self.gate
+        if scores.chances is not None and gate is not None and gate.path == "dense":
+            routing = self._full_routing(tokens, grid, scores, levels, scores.chances)
+        elif self.config.packs:
             routing = self._ragged_routing(tokens, grid, scores, levels, plan, total)
         else:
             routing = self._static_routing(tokens, grid, scores, levels, plan)
-        if any(plan.capacities[1:]) and self.correction is not None and scores.energies is not None:
+        if self.decides(plan) and self.correction is not None and scores.energies is not None:
             with torch.no_grad():
                 if routing.ragged is not None:
                     lost = self._lost_ragged(scores.energies, routing.ragged)
@@ -437,7 +459,7 @@ class Router(RouterTables):
         )
         windows = None
         if isinstance(space, Tiling):
-            mixed = self.asks and plan.capacities[0] < plan.slots
+            mixed = self.asks and self.decides(plan)
             windows = ragged_window_slots(
                 self._slot_tables(space, tokens.device),
                 ragged,
@@ -448,10 +470,10 @@ class Router(RouterTables):
                 self.has_fixed_slots,
             )
         gate = None
-        if scores.logits is not None and self.training and torch.is_grad_enabled():
+        if scores.chances is not None:
             regions = torch.cat([t.patch_region for t in tables])
             patch = (ragged.patch - self.prefix).clamp(min=0)
-            chosen = _certainty(scores.logits, levels)
+            chosen = certainty(scores.chances.expand(-1, levels.shape[1], -1), levels)
             own = chosen.flatten()[ragged.image * levels.shape[1] + regions[patch]]
             gate = torch.where(ragged.patch < self.prefix, 1.0, own).unsqueeze(0)
         packing = None
@@ -474,7 +496,7 @@ class Router(RouterTables):
         levels: Tensor,
         plan: Plan,
     ) -> Routing:
-        tables, logits = scores.tables, scores.logits
+        tables = scores.tables
         space, sides = self.space(grid), self.config.granularities
         on_gpu = takes_triton(tokens)
         assign = assign_slots_on_gpu if on_gpu else assign_slots
@@ -493,8 +515,8 @@ class Router(RouterTables):
                 found, patches, patch_slot, space.windows, size, sides, self.has_fixed_slots
             )
         gate = None
-        if logits is not None and self.training and torch.is_grad_enabled():
-            gate = _straight_through(logits, levels, patches, tables)
+        if scores.chances is not None:
+            gate = _straight_through(scores.chances, levels, patches, tables)
         packing = None
         if on_gpu and ids is not None:
             members = self.members(grid, tables)
@@ -507,6 +529,59 @@ class Router(RouterTables):
             packing=packing,
             stencils=() if packing is None else self.stencils(grid, tokens.device),
         )
+
+    def _full_routing(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        scores: Scores,
+        levels: Tensor,
+        chances: Tensor,
+    ) -> Routing:
+        """With the queries of every level, to train gates on all of them; never by Triton kernels,
+        where every token is in one patch."""
+        tables, space, device = scores.tables, self.space(grid), tokens.device
+        images, regions = levels.shape
+        counts = [table.patch_region.shape[0] for table in tables]
+        rows = alternative_rows(tuple(t.token_patch for t in tables), counts, self.prefix)
+        token_level = levels[:, tables[0].patch_region]
+        own = rows.t().expand(images, -1, -1).gather(2, token_level.unsqueeze(-1)).squeeze(-1)
+        exists = [
+            torch.ones(count, dtype=torch.bool, device=device) if found is None else found
+            for found, count in zip(self._existing(grid, device), counts, strict=True)
+        ]
+        alternatives = Alternatives(
+            (chances - chances.detach()).expand(-1, regions, -1),
+            rows,
+            tuple((levels == n)[:, table.patch_region] for n, table in enumerate(tables)),
+        )
+        routing = self._gathered_routing(tokens, grid, scores, levels)
+        routing = routing._replace(alternatives=alternatives)
+        used, size = [True] * len(counts), (0, 0)
+        if isinstance(space, Tiling):
+            size = (len(space.rows.places), len(space.columns.places))
+        if self.config.packs:
+            ragged = assign_all(own, torch.cat(exists), self.prefix)
+            if isinstance(space, Tiling):
+                found = self._slot_tables(space, device)
+                windows = ragged_window_slots(
+                    found, ragged, used, space.windows, size, self.config.granularities, fixed=True
+                )
+                routing = routing._replace(windows=windows)
+            return routing._replace(token_slot=ragged.row[:, self.prefix :], ragged=ragged)
+        patches = tuple(
+            torch.where(there, torch.arange(count, device=device), 0).expand(images, -1)
+            for there, count in zip(exists, counts, strict=True)
+        )
+        if isinstance(space, Tiling):
+            place = torch.arange(sum(counts), device=device)
+            slot = torch.where(torch.cat(exists), place, -1).expand(images, -1)
+            found = self._slot_tables(space, device)
+            windows = window_slots(
+                found, patches, slot, space.windows, size, self.config.granularities, fixed=True
+            )
+            routing = routing._replace(windows=windows)
+        return routing._replace(patches=patches, token_slot=own - self.prefix)
 
     def _gathered_routing(
         self, tokens: Tensor, grid: tuple[int, int], scores: Scores, levels: Tensor
@@ -534,20 +609,14 @@ class Router(RouterTables):
         )
 
 
-def _certainty(logits: Tensor, levels: Tensor) -> Tensor:
-    """(B, R) ones whose gradient is that of the chosen level's probability (paper, eq. 6)."""
-    chosen = logits.softmax(-1).gather(2, levels.unsqueeze(-1)).squeeze(-1)
-    return 1.0 + (chosen - chosen.detach())  # in this order exactly 1 in half precision too
-
-
 def _straight_through(
-    logits: Tensor,
+    chances: Tensor,
     levels: Tensor,
     patches: tuple[Tensor | None, ...],
     tables: list[LevelTables],
 ) -> Tensor:
-    """(B, slots) `_certainty` of every slot's region."""
-    one = _certainty(logits, levels)
+    """(B, slots) `certainty` of every slot's region."""
+    one = certainty(chances, levels)
     parts = []
     for table, ids in zip(tables, patches, strict=True):
         if ids is not None:

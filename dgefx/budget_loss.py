@@ -1,0 +1,133 @@
+"""The public calls `budget_loss` and `measured_ratio`: how far a model is from its budget.
+
+Most conversions hold their budget by construction. Gates without a capacity
+(`DGEConfig(capacity=None)`) ask for as many queries as they like; `budget_loss` is what makes them
+keep to it, and `measured_ratio` tells whether they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dgefx.calibrate import check_gamma
+from dgefx.calibration.images import CalibrationCalls, ExampleCall, read_images
+from dgefx.convert import revert
+from dgefx.passes.cost import count_macs
+from dgefx.record import Record, conversion_record, converted_blocks, unwrap
+
+
+def unwrap_all(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile, however nested."""
+    while True:
+        inner = unwrap(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is model:
+            return model
+        model = inner
+
+
+def budget_loss(
+    model: nn.Module, gamma: float | None = None, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """(ratio - gamma)^2 of the MAC ratio that the gates asked for in the last training forward.
+
+    The paper's budget term (arXiv 2301.03831, section 3.3), with the whole model's MACs in place
+    of an average over layers. The ratio is what the forward spent; its gradient is that of the
+    gates' probabilities. Zero, without a gradient, where the budget holds by construction.
+
+    Call it after the forward and add it, weighted, to the loss::
+
+        loss = criterion(model(images), targets) + 2.0 * dgefx.budget_loss(model)
+
+    With several processes the ratio is the mean over all of them (every process must call), and
+    after the averaging of gradients by DistributedDataParallel or FSDP2 the gradient is that of one
+    process on the whole batch. Activation checkpointing must not be reentrant
+    (`use_reentrant=False`).
+    With gradient accumulation every micro-batch has a loss of its own: divide as you divide the
+    rest of the loss.
+
+    Args:
+        model: converted; may be wrapped by torch.compile and DistributedDataParallel.
+        gamma: target ratio in (0, 1]; None: the model's.
+        group: processes to average over; None: all, where `torch.distributed` is initialised.
+
+    Returns:
+        A scalar, float32.
+
+    Raises:
+        TypeError, ValueError: not a converted model, gamma out of range, or no forward in train
+            mode with gradients before.
+    """
+    inner = unwrap_all(model)
+    record = conversion_record(inner)
+    target = record.gamma if gamma is None else check_gamma(gamma)
+    ratio = asked_ratio(inner, record)
+    if ratio is None:
+        device = next((p.device for p in inner.parameters()), torch.device("cpu"))
+        return torch.zeros((), device=device)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        mean = ratio.detach().clone()
+        dist.all_reduce(mean, group=group)
+        mean = mean / dist.get_world_size(group)
+        ratio = ratio + (mean - ratio).detach()
+    return (ratio - target).square()
+
+
+def asked_ratio(model: nn.Module, record: Record) -> Tensor | None:
+    """MAC ratio that the gates asked for, a scalar with gradient; None if it is not up to them."""
+    if record.config.capacity is not None or record.gamma >= 1.0:
+        return None
+    total = None
+    for name, block in converted_blocks(model, record).items():
+        router, cost = block.dge_router, record.costs[name]
+        demand = None if router.gate is None else router.gate.demand
+        if demand is None:
+            raise ValueError(
+                f"the gate of block {name} has not been through a forward in train mode with "
+                f"gradients; call budget_loss(model) after model(images). With activation "
+                f"checkpointing use use_reentrant=False"
+            )
+        macs = cost.macs_asked(demand) + record.images * router.correction_macs_asked(demand)
+        total = macs if total is None else total + macs
+    return None if total is None else (total + record.rest) / record.macs_dense
+
+
+def measured_ratio(
+    model: nn.Module, images: Iterable[Any], *, max_images: int = 512, batch_size: int = 32
+) -> float:
+    """MACs of a converted model over the dense model's, on images, as `FlopCounterMode` counts.
+
+    Whatever the gates ask for on these images is in it; where the budget holds by construction it
+    is what `dgefx.report` says. The model is run in eval mode; its mode is restored.
+
+    Args:
+        model: converted; torch.compile is looked through.
+        images: as `dgefx.calibrate` takes them. max_images, batch_size: no more are read, and
+            images per forward.
+
+    Raises:
+        TypeError, ValueError: not a converted model, or unusable images.
+    """
+    inner = unwrap_all(model)
+    record = conversion_record(inner)
+    example = ExampleCall(record.example, inner)
+    batches = read_images(images, example, max_images, batch_size)
+    modes = {module: module.training for module in inner.modules()}
+    dense = revert(inner).eval()
+    spent = wanted = 0
+    try:
+        inner.eval()
+        with torch.compiler.set_stance("force_eager"):
+            for (args, kwargs), _ in CalibrationCalls(inner, example, batches):
+                spent += count_macs(inner, args, kwargs)
+                wanted += count_macs(dense, args, kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return spent / wanted
