@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx import DGEConfig
+from dgefx.training import gates_of, set_gates
 from tests.helpers import TinyViT, error, images, randomise
 
 LAUNCHERS = (
@@ -215,3 +216,31 @@ class Convolved(TinyViT):
     def __init__(self) -> None:
         super().__init__(depth=1)
         self.blocks[0].mlp = MixFFN(16)
+
+
+@pytest.mark.parametrize("name", ["tiny_BNC", "pvt", "swin"])
+@pytest.mark.parametrize("config", ["linear", "open"])
+def test_the_dense_training_path(name: str, config: str, packing: None) -> None:
+    """All granularities at once have no packing, as tokens are in several patches there."""
+    configs = {
+        "linear": DGEConfig(router="linear"),
+        "open": DGEConfig(router="linear", budget="average", capacity=None),
+    }
+    model, x = convert(name, configs[config])
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    found = []
+    for path in ("sparse", "dense"):
+        set_gates(model, path=path)
+        for gate in gates_of(model).values():
+            torch.manual_seed(2)
+            nn.init.normal_(gate.weight)
+            nn.init.zeros_(gate.bias)
+        model.train().zero_grad()
+        output = model(x)
+        output.square().mean().backward()
+        gates = [p.grad for g in gates_of(model).values() for p in g.parameters()]
+        assert all(bool(g.isfinite().all()) and bool(g.any()) for g in gates if g is not None)
+        found.append(output.detach())
+    assert error(found[1], found[0]) < BOUND
