@@ -43,7 +43,7 @@ def budget_loss(
 
     Call it after the forward and add it, weighted, to the loss::
 
-        loss = criterion(model(images), targets) + 2.0 * dgefx.budget_loss(model)
+        loss = criterion(model(images), targets) + 20.0 * dgefx.budget_loss(model)
 
     With several processes the ratio is the mean over all of them (every process must call), and
     after the averaging of gradients by DistributedDataParallel or FSDP2 the gradient is that of one

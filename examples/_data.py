@@ -1,9 +1,11 @@
-"""Data for the quickstart: scikit-learn's digits or a folder of images, through timm.data."""
+"""Data for the examples: scikit-learn's digits or a folder of images, through timm.data."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +116,23 @@ def image_folder(folder: Path, seed: int) -> Splits:
 
 
 def loader(
-    splits: Splits, config: dict[str, Any], batch_size: int, device: torch.device, training: bool
+    splits: Splits,
+    config: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    training: bool,
+    *,
+    distributed: bool = False,
+    fresh_workers: bool = False,
 ) -> DataLoader[Any]:
-    """Batches of one split, transformed as timm's data ``config`` of the model asks."""
+    """Batches of one split, transformed as timm's data ``config`` of the model asks.
+
+    Args:
+        batch_size: per process.
+        distributed: every process gets its part of the images.
+        fresh_workers: start the workers anew every epoch, so that their random numbers follow from
+            the epoch's seed and a resumed run repeats them.
+    """
     dataset: Any = splits.train if training else splits.test
     if training and len(dataset) < batch_size:
         raise SystemExit(f"{len(dataset)} training images do not fill one batch of {batch_size}")
@@ -130,9 +146,24 @@ def loader(
         std=config["std"],
         crop_pct=config["crop_pct"],
         num_workers=splits.workers,
-        persistent_workers=splits.workers > 0,
+        persistent_workers=splits.workers > 0 and not fresh_workers,
         pin_memory=device.type == "cuda",
         use_prefetcher=False,
+        distributed=distributed,
         device=device,
         **(splits.augmentation if training else {}),
     )
+
+
+class First:
+    """The first batches of every pass over a loader, for quick tries."""
+
+    def __init__(self, loader: DataLoader[Any], batches: int) -> None:
+        self.loader, self.batches = loader, batches
+        self.sampler = loader.sampler
+
+    def __len__(self) -> int:
+        return min(self.batches, len(self.loader))
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.loader), self.batches)

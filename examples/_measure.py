@@ -1,18 +1,18 @@
-"""What the quickstart measures: accuracy, and paired run times of two models."""
+"""What the examples measure: accuracy, and paired run times of two models."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 from timm.task import ClassificationEvaluator
+from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 ROUNDS = 15
@@ -41,13 +41,25 @@ class Row:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, loader: DataLoader[Any], device: torch.device, label: str) -> float:
-    """Accuracy in percent."""
+def top1(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device,
+    label: str,
+    *,
+    amp: torch.dtype | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> float:
+    """Accuracy in percent; `distributed`: over the parts of the images that the processes have."""
     model.eval()
-    evaluator = ClassificationEvaluator(device)
-    for images, targets in tqdm(loader, desc=f"test {label}", unit="batch", leave=False):
-        evaluator.update(model(images.to(device)), targets.to(device))
-    return evaluator.compute()["top1"]
+    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    bar = tqdm(loader, desc=f"test {label}", unit="batch", leave=False, disable=not progress)
+    for images, targets in bar:
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            output = model(images.to(device))
+        evaluator.update(output, targets.to(device))
+    return evaluator.compute(distributed=distributed)["top1"]
 
 
 def compile_problem(device: torch.device) -> str | None:
@@ -99,4 +111,26 @@ def table(rows: list[Row], title: str) -> Table:
             f"{row.speed_up:.2f} x",
             f"{1 / row.ratio:.2f} x",
         )
+    return result
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of a fine-tuning's table; `ratio` measured, relative to the dense model's MACs."""
+
+    label: str
+    accuracy: float
+    macs: float
+    ratio: float
+
+
+def results_table(results: list[Result], title: str) -> Table:
+    """What a fine-tuning comes to."""
+    result = Table(title=title)
+    result.add_column("model", no_wrap=True)
+    for heading in ("top-1 %", "GMACs", "measured MAC ratio"):
+        result.add_column(heading, justify="right")
+    for row in results:
+        macs = f"{row.macs / 1e9:.3f}"
+        result.add_row(row.label, f"{row.accuracy:.1f}", macs, f"{row.ratio:.3f}")
     return result

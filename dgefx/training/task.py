@@ -66,7 +66,7 @@ class FinetuneTask(TrainingTask):
         teacher: Literal["dense"] | str | nn.Module | None = "dense",
         task_loss_weight: float = 1.0,
         distill_loss_weight: float = 1.0,
-        budget_loss_weight: float = 2.0,
+        budget_loss_weight: float = 20.0,
         temperature: float = 1.0,
         distill_distance: Literal["auto", "kl", "relative"] = "auto",
         schedule: GateSchedule | None = None,
@@ -130,11 +130,16 @@ class FinetuneTask(TrainingTask):
     def set_step(self, step: int) -> float:
         """Apply the schedule at an optimiser step; call it before the step's first forward.
 
+        The copy that averages the weights, if there is one, gets the same budget.
+
         Returns:
             the gamma that is aimed at now.
         """
         if self.schedule is not None:
             self.gamma = self.schedule.apply(self.trainable_module, step)
+            average = self.get_trainable_module(ema=True)
+            if average is not None:
+                self.schedule.apply(getattr(average, "module", average), step)
         return self.gamma
 
     @property

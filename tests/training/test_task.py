@@ -165,6 +165,10 @@ def test_ema_and_evaluation_by_timm() -> None:
     ema = task.get_trainable_module(ema=True).module
     assert torch.allclose(ema.head.weight, (before + model.head.weight) / 2, atol=1e-6)
     assert dgefx.report(ema).ratio == dgefx.report(model).ratio
+    scheduled = FinetuneTask(converted()[0], schedule=GateSchedule(0.6, 4, warmup=1.0))
+    scheduled.setup_ema()
+    scheduled.set_step(4)
+    assert dgefx.report(scheduled.get_trainable_module(ema=True).module).ratio <= 0.6
     evaluator = task.create_evaluator()
     assert isinstance(evaluator, ClassificationEvaluator)
     with torch.inference_mode():
