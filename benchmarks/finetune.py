@@ -3,9 +3,9 @@
     python benchmarks/finetune.py DeiT-Tiny-weights.safetensors IMAGES --gamma 0.5 0.4
 
 IMAGES has `train/WNID/*` and `val/WNID/*` (Imagenette, say). A model of pretrained weights is
-converted, calibrated on a hundred training images (detail router), and fine-tuned on the training
-images with the dense model as its only teacher: no labels are used, since with the labels of ten
-classes any model would learn to answer with these ten alone.
+converted, calibrated on a hundred training images (with `--router linear` its gates are fitted to
+them), and fine-tuned on the training images with the dense model as its only teacher: no labels are
+used, since with the labels of ten classes any model would learn to answer with these ten alone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,17 @@ from torch import Tensor, nn
 import _common as common
 import dgefx
 from calibration import find_images, load_images, outputs
-from dgefx.training import FinetuneTask, GateSchedule, set_gates, train
-from dgefx.training.optim import param_groups
+from dgefx.training import (
+    FinetuneTask,
+    GateSchedule,
+    fit_gates,
+    param_groups,
+    set_gates,
+    settle_gates,
+    train,
+)
+
+SETTLING_IMAGES = 256
 
 
 class Chunks:
@@ -82,9 +91,14 @@ def recover(
     random_seed(args.seed)
     images, labels = val
     model = dgefx.convert(dense, gamma, example_inputs=images[:2], config=config_of(args))
+    files, _ = find_images(args.images / "train")
+    calibration = load_images(files[: args.calibration_images])
     if args.router == "detail":
-        files, _ = find_images(args.images / "train")
-        dgefx.calibrate(model, load_images(files[: args.calibration_images]))
+        dgefx.calibrate(model, calibration)
+    elif not args.fresh_gates:
+        fit_gates(model, calibration)
+        dgefx.calibrate(model, calibration, correction_rank=0, refine_passes=0)
+        fit_gates(model, calibration)
     steps = args.steps
     schedule = GateSchedule(
         gamma,
@@ -136,13 +150,20 @@ def recover(
     chunks = Chunks(
         training_batches(args.images / "train", args.batch_size, args.workers), args.every
     )
+    last = steps // args.every
+
+    def after_epoch(epoch: int) -> None:
+        if epoch + 1 == last and args.router == "linear":
+            settle_gates(model, load_images(files[-SETTLING_IMAGES:]))
+        evaluate((epoch + 1) * args.every)
+
     train(
         task,
         chunks,
         optimizer,
         scheduler,
-        epochs=steps // args.every,
-        after_epoch=lambda epoch: evaluate((epoch + 1) * args.every),
+        epochs=last,
+        after_epoch=after_epoch,
         seed=args.seed,
     )
     return rows
@@ -169,6 +190,7 @@ def main() -> None:
     add("--gamma-warmup", type=float, default=0.0)
     add("--budget-loss-weight", type=float, default=20.0)
     add("--gate-lr-scale", type=float, default=10.0)
+    add("--fresh-gates", action="store_true", help="start gates nearly closed, as in the paper")
     add("--calibration-images", type=int, default=100)
     add("--ratio-images", type=int, default=256, help="validation images to measure the ratio on")
     add("--val-images", type=int, help="(default: all)")

@@ -119,7 +119,8 @@ def _add_conversion(group: Any, defaults: Defaults) -> None:
     add("--routing", choices=("nested", "region", "layer"), help=f"({config.routing_mode})")
     add("--budget", choices=("per_image", "average"), help=f"(default: {config.budget})")
     add("--capacity", choices=("budget", "none"), help=f"(default: {config.capacity or 'none'})")
-    add("--calibration-images", type=int, default=100, help="detail router (default: %(default)s)")
+    add("--calibration-images", type=int, default=100, help="(default: %(default)s)")
+    add("--fresh-gates", action="store_true", help="start gates nearly closed, as in the paper")
 
 
 def _add_training(group: Any, defaults: Defaults) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,6 +154,24 @@ def loader(
         device=device,
         **(splits.augmentation if training else {}),
     )
+
+
+def plain(dataset: Any, config: dict[str, Any], device: torch.device) -> Any:
+    """A training set without augmentation: its images as the model is tested on them."""
+    loader = create_loader(
+        copy.copy(dataset),  # the loader sets its transform
+        input_size=config["input_size"],
+        batch_size=1,
+        is_training=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        num_workers=0,
+        use_prefetcher=False,
+        device=device,
+    )
+    return loader.dataset
 
 
 class First:

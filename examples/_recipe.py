@@ -36,7 +36,9 @@ import _arguments
 import _measure
 import dgefx
 from _stages import Run, Stage, fit
-from dgefx.training import FinetuneTask, set_gates
+from dgefx.training import FinetuneTask, fit_gates, set_gates, settle_gates
+
+SETTLING_IMAGES = 256
 
 
 def main(defaults: _arguments.Defaults, argv: list[str] | None = None) -> FinetuneTask:
@@ -145,6 +147,12 @@ def convert(run: Run, dense: nn.Module) -> None:
     if args.config.router == "detail":
         images = run.loader(training=True, distributed=False)
         dgefx.calibrate(converted, images, max_images=args.calibration_images)
+    elif not args.fresh_gates:
+        pictures = run.plain_images(args.calibration_images)
+        fit_gates(converted, pictures)
+        # only what each block's share of the budget is worth: gates are all that the paper adds
+        dgefx.calibrate(converted, pictures, correction_rank=0, refine_passes=0)
+        fit_gates(converted, pictures)
     print(dgefx.report(converted))  # rich would break its lines
     part = args.out / "start.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -195,6 +203,7 @@ def summarise(run: Run, dense: nn.Module) -> None:
     if args.epochs:
         content = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True)
         tuned.load_state_dict(content["state_dict_ema" if args.ema is not None else "state_dict"])
+        settle_gates(tuned, run.plain_images(SETTLING_IMAGES))
     end = Measured.of(run, tuned)
     macs = dgefx.report(tuned).macs_dense
     results = [_measure.Result("dense", run.top1(dense, "dense"), macs, 1.0)]

@@ -72,6 +72,12 @@ class Run:
         images: Tensor = next(iter(self.loader(training=False, distributed=False)))[0]
         return images.to(self.device)
 
+    def plain_images(self, count: int) -> list[Tensor]:
+        """Some training images at random, as the test images are prepared."""
+        data = _data.plain(self.args.splits.train, self.config, self.device)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
+        return [data[index][0] for index in order[:count].tolist()]
+
     @property
     def updates(self) -> int:
         """Optimiser updates per epoch."""

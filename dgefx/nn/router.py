@@ -194,6 +194,11 @@ class Router(RouterTables):
         if self.importance is not None:
             cells = self._region_means(scores.sums, scores.tables, grid)
             logits = importance_logits(cells, self.importance)
+        return self._detail_gains(scores, scores.energies, grid, logits)
+
+    def _detail_gains(
+        self, scores: Scores, energies: list[Tensor], grid: tuple[int, int], logits: Tensor | None
+    ) -> list[Tensor]:
         sides = self.config.granularities
         if self.config.routing_mode == "nested":
             nested = self.nested_tables(grid, scores.sums[0].device)
@@ -201,10 +206,27 @@ class Router(RouterTables):
             shapes = [(*side_counts(space, side), 1) for side in sides[1:]]
             children = [t.children.view(s) for t, s in zip(nested, shapes, strict=True)]
             ratios = [coarse // fine for fine, coarse in pairwise(sides)]
-            return nested_gains(scores.energies, ratios, children, logits)
+            return nested_gains(energies, ratios, children, logits)
         factors = [self.config.region_side // side for side in sides]
         costs = [t.region_cost for t in scores.tables]
-        return list(region_gains(scores.energies, factors, costs, logits).unbind(-1))
+        return list(region_gains(energies, factors, costs, logits).unbind(-1))
+
+    def gate_examples(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What a gate is fitted to: (B, R, C) mean tokens of the regions, and (B, R) the levels
+        that the detail score gives them under the present plan; R = 1 under layer routing."""
+        plan, scores = self.plan, self.scores(tokens, grid)
+        if grid != self.grid:
+            plan = rescale(plan, self.space(self.grid), self.space(grid), self.config)
+        energies = patch_energies(scores.sums, self._patch_counts(scores.tables, grid))
+        gains = self._detail_gains(scores, energies, grid, None)
+        levels = self._allocate(gains, scores.tables, plan, grid).expand(tokens.shape[0], -1)
+        means = self._gate_inputs(scores.sums, scores.tables, grid)
+        return means, levels[:, : means.shape[1]]
+
+    def level_costs(self) -> Tensor:
+        """(R, L): queries of every region at every level, at the converted size."""
+        costs = torch.stack([t.region_cost for t in self.tables(self.grid, self.device)], 1)
+        return costs.sum(0, keepdim=True) if self._asks_by_layer else costs
 
     def level_fractions(self, gains: list[Tensor], threshold: float) -> tuple[float, ...]:
         """Share of the grid at every level when all that gains more than `threshold` is split.
@@ -376,11 +398,17 @@ class Router(RouterTables):
         """(B, R, L): one linear layer on every region's mean token (paper, eq. 1); under layer
         routing (B, 1, L), on the image's."""
         assert self.gate is not None
+        return self.gate(self._gate_inputs(sums, tables, grid).to(self.gate.weight.dtype))
+
+    def _gate_inputs(
+        self, sums: list[Tensor], tables: list[LevelTables], grid: tuple[int, int]
+    ) -> Tensor:
+        """(B, R, C) mean tokens of the regions, or (B, 1, C) of the image."""
         mean = self._region_means(sums, tables, grid).flatten(1, 2)
         if self._asks_by_layer:
             count = tables[0].region_cost
             mean = (mean * count.unsqueeze(-1)).sum(1, keepdim=True) / count.sum()
-        return self.gate(mean.to(self.gate.weight.dtype))
+        return mean
 
     def _lost_shares(self, energies: list[Tensor], patches: tuple[Tensor | None, ...]) -> Tensor:
         """(B, slots): share of a patch's energy that its mean does not hold, 0 for tokens."""

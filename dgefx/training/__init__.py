@@ -12,6 +12,7 @@ except ImportError as error:  # pragma: no cover
 
 from dgefx.budget_loss import budget_loss, measured_ratio
 from dgefx.training.checkpoint import load_checkpoint, save_checkpoint
+from dgefx.training.fit import fit_gates, settle_gates
 from dgefx.training.gates import GateSchedule, gates_of, set_gates
 from dgefx.training.log import CsvLog, TensorBoardLog
 from dgefx.training.loop import train
@@ -25,12 +26,14 @@ __all__ = [
     "GateSchedule",
     "TensorBoardLog",
     "budget_loss",
+    "fit_gates",
     "gates_of",
     "load_checkpoint",
     "measured_ratio",
     "param_groups",
     "save_checkpoint",
     "set_gates",
+    "settle_gates",
     "shard",
     "train",
 ]
