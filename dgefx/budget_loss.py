@@ -50,7 +50,8 @@ def budget_loss(
     process on the whole batch. Activation checkpointing must not be reentrant
     (`use_reentrant=False`).
     With gradient accumulation every micro-batch has a loss of its own: divide as you divide the
-    rest of the loss.
+    rest of the loss. At another image size than converted, the ratio is that of the same shares
+    at the converted size.
 
     Args:
         model: converted; may be wrapped by torch.compile and DistributedDataParallel.
@@ -61,13 +62,18 @@ def budget_loss(
         A scalar, float32.
 
     Raises:
-        TypeError, ValueError: not a converted model, gamma out of range, or no forward in train
-            mode with gradients before.
+        TypeError, ValueError: not a converted model, gamma out of range, a block in eval mode, or
+            no forward in train mode with gradients before.
     """
     inner = unwrap_all(model)
     record = conversion_record(inner)
     target = record.gamma if gamma is None else check_gamma(gamma)
     ratio = asked_ratio(inner, record)
+    if record.config.capacity is None and record.gamma >= 1.0 > target:
+        raise ValueError(
+            f"the model is set to gamma=1, where it is dense and its gates decide nothing; for "
+            f"gamma={target:g} call dgefx.set_budget(model, {target:g}) first"
+        )
     if ratio is None:
         device = next((p.device for p in inner.parameters()), torch.device("cpu"))
         return torch.zeros((), device=device)
@@ -87,11 +93,11 @@ def asked_ratio(model: nn.Module, record: Record) -> Tensor | None:
     for name, block in converted_blocks(model, record).items():
         router, cost = block.dge_router, record.costs[name]
         demand = None if router.gate is None else router.gate.demand
-        if demand is None:
+        if demand is None or not block.training:
             raise ValueError(
                 f"the gate of block {name} has not been through a forward in train mode with "
-                f"gradients; call budget_loss(model) after model(images). With activation "
-                f"checkpointing use use_reentrant=False"
+                f"gradients; call budget_loss(model) after model(images), all in train mode. "
+                f"With activation checkpointing use use_reentrant=False"
             )
         macs = cost.macs_asked(demand) + record.images * router.correction_macs_asked(demand)
         total = macs if total is None else total + macs

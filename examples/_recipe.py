@@ -57,11 +57,12 @@ def _main(args: Namespace, device: torch.device, scratch_epochs: int) -> Finetun
     random_seed(args.seed)
     dense, config, new_head = build_model(args, device)
     run.set_loaders(config)
+    goes_on = started(args)  # before any process may start it
     run.barrier()  # every process has read its settings
     if args.rank == 0:
         prepare_folder(args)
     run.barrier()
-    if not started(args):
+    if not goes_on:
         train_dense(run, dense, scratch_epochs, new_head)
         if args.rank == 0:
             convert(run, dense)

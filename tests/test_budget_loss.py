@@ -4,7 +4,6 @@ where it must be right: several processes, torch.compile, activation checkpointi
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -304,7 +303,6 @@ def _distributed(rank: int, folder: str, ranks: int) -> None:
 
 def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     model, x, _ = converted()
-    lively_gates(copy.deepcopy(model))
     lively_gates(model)
     loss = model(x).square().mean() + 3.0 * dgefx.budget_loss(model)
     budget = dgefx.budget_loss(model).detach()
@@ -314,3 +312,37 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"{rank}.pt")
         assert float(found["budget"]) == pytest.approx(float(budget), rel=1e-5)
         assert error(found["grads"], gate_gradients(model)) < 1e-5
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_another_image_size_counts_by_share(side: int) -> None:
+    model, x, _ = converted()
+    for router in routers(model):
+        assert router.gate is not None
+        nn.init.zeros_(router.gate.weight)
+    found = []
+    for level in (0, 2):
+        for router in routers(model):
+            assert router.gate is not None
+            router.gate.bias.data.copy_(10.0 * (torch.arange(3) == level))
+        for pixels in (x, images(2, side)):
+            model(pixels)
+            ratio = asked_ratio(model, model.dgefx_record)
+            assert ratio is not None and ratio.requires_grad
+            found.append(float(ratio.detach()))
+    # all fine and all coarse are that at any size
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] > 0.99
+    assert found[2] == pytest.approx(found[3], rel=1e-5) and found[2] < 0.6
+
+
+def test_a_dense_budget_or_a_block_in_eval_mode_is_named() -> None:
+    model, x, _ = converted(gamma=1.0)
+    model(x)
+    assert float(dgefx.budget_loss(model)) == 0.0
+    with pytest.raises(ValueError, match="set_budget"):
+        dgefx.budget_loss(model, 0.6)
+    dgefx.set_budget(model, 0.7)
+    model(x)
+    model.blocks[1].eval()
+    with pytest.raises(ValueError, match=r"blocks\.1"):
+        dgefx.budget_loss(model)

@@ -550,3 +550,15 @@ def test_maps_and_calibration_of_windows() -> None:
     maps = dgefx.granularity_maps(model, images(2, side))
     assert [tuple(m.shape) for m in maps.values()] == [(2, 14, 14), (2, 14, 14), (2, 7, 7)]
     assert set(itertools.chain(*(m.unique().tolist() for m in maps.values()))) <= {1, 2, 4}
+
+
+def test_tables_of_another_size_serve_training_after_inference() -> None:
+    kwargs = {"depths": (2, 2), "embed_dim": 24, "num_heads": (2, 2), "img_size": 56}
+    dense = timm.create_model(
+        "swin_tiny_patch4_window7_224", strict_img_size=False, drop_path_rate=0.0, **kwargs
+    )
+    model = dgefx.convert(dense, 0.7, example_inputs=torch.randn(2, 3, 56, 56))
+    other = torch.randn(2, 3, 140, 140)  # a size that no other test has
+    with torch.inference_mode():
+        model.eval()(other)
+    model.train()(other).sum().backward()

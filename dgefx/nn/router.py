@@ -330,8 +330,21 @@ class Router(RouterTables):
                 total = images * (self.prefix + plan.slots)
         if self.config.capacity is None:
             gate.ask(scores.chances, levels, costs)
+            if grid != self.grid and gate.demand is not None:
+                gate.demand = self._at_own_size(gate.demand, costs)
         levels = levels.expand(-1, regions)
         return self._routing(tokens, grid, scores, levels, plan, total)
+
+    def _at_own_size(self, queries: Tensor, costs: list[Tensor]) -> Tensor:
+        """Queries per image on another grid to those of the same share at the converted size.
+
+        Args:
+            costs: per level, queries of every region of that grid.
+        """
+        most, least = costs[0].sum(), costs[-1].sum()
+        own = self.level_costs().sum(0)
+        share = (queries - least) / (most - least).clamp(min=1)
+        return own[-1] + share * (own[0] - own[-1])
 
     def _allocate(
         self, gains: list[Tensor], tables: list[LevelTables], plan: Plan, grid: tuple[int, int]

@@ -112,6 +112,12 @@ def window_tables(tiling: Tiling, sides: tuple[int, ...]) -> WindowTables:
 @functools.lru_cache(maxsize=64)
 def tiling_tensors(tiling: Tiling, sides: tuple[int, ...]) -> dict[str, Tensor]:
     """Every table of a tiling by a name, on the CPU; kept, so not to be changed."""
+    # a first call in inference mode must not leave tensors that training cannot save
+    with torch.inference_mode(False):
+        return _all_tensors(tiling, sides)
+
+
+def _all_tensors(tiling: Tiling, sides: tuple[int, ...]) -> dict[str, Tensor]:
     found = _flat_tensors(window_tables(tiling, sides))
     places = tiling_places(tiling)
     found["place_token"] = places.token

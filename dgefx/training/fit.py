@@ -24,6 +24,7 @@ from dgefx.nn.gate import FINEST_PROBABILITY, Gate
 from dgefx.nn.router import Router
 from dgefx.record import (
     Record,
+    apply_budget,
     check_unsharded,
     conversion_record,
     converted_blocks,
@@ -93,7 +94,7 @@ def settle_gates(
     Args:
         model: converted, changed in place. Evaluated in eval mode; its mode is restored.
         images: as `dgefx.calibrate` takes them, prepared as for evaluation. Not the test set.
-        gamma: MACs to keep, in (0, 1]; None: the model's.
+        gamma: MACs to keep, in (0, 1], from now on; None: the model's.
         max_images, batch_size: no more are read, and images per forward.
 
     Returns:
@@ -105,7 +106,14 @@ def settle_gates(
     """
     record, inner = conversion_record(model), unwrap(model)
     target = record.gamma if gamma is None else check_gamma(gamma)
-    if record.config.capacity is not None or record.gamma >= 1.0:
+    if record.config.capacity is not None:
+        return record.report.ratio
+    if record.gamma >= 1.0:
+        if target < 1.0:
+            raise ValueError(
+                f"the model is set to gamma=1, where it is dense and its gates decide nothing; for "
+                f"gamma={target:g} call dgefx.set_budget(model, {target:g}) first"
+            )
         return record.report.ratio
     routers = _gated_routers(inner, record, "settle_gates")
     calls = _calls(inner, record, images, max_images, batch_size)
@@ -133,7 +141,10 @@ def settle_gates(
             found = ratio_at(middle)
             best = min(best, (abs(found - target), middle, found))
             low, high = (middle, high) if found < target else (low, middle)
-        return ratio_at(best[1])
+        found = ratio_at(best[1])
+        if target != record.gamma:  # what a budget loss would pull them back to
+            apply_budget(inner, record, target)
+        return found
     except BaseException:
         with torch.no_grad():
             for name, router in routers.items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dgefx.budget_loss import unwrap_all
 from dgefx.calibrate import check_gamma, set_budget
@@ -31,6 +32,19 @@ def gates_of(model: nn.Module) -> dict[str, Gate]:
     blocks = converted_blocks(inner, conversion_record(inner))
     gates = {name: block.dge_router.gate for name, block in blocks.items()}
     return {name: gate for name, gate in gates.items() if gate is not None}
+
+
+def _check_dense_path(model: nn.Module) -> None:
+    """Batch norms would take statistics over granularities that were not chosen."""
+    inner = unwrap_all(model)
+    for name, block in converted_blocks(inner, conversion_record(inner)).items():
+        norms = [n for n, m in block.named_modules() if isinstance(m, _BatchNorm)]
+        if norms and block.dge_router.gate is not None:
+            raise ValueError(
+                f'path="dense" computes all granularities, which would be in the batch statistics '
+                f'of {norms} in block {name}; use path="sparse", or convert batch norms to frozen '
+                f"ones first"
+            )
 
 
 def _check_positive(name: str, value: Any) -> float:
@@ -60,7 +74,8 @@ def set_gates(
             all granularities, so that every level's probability has a gradient. Same output.
 
     Raises:
-        TypeError, ValueError: naming the argument, or not a converted model.
+        TypeError, ValueError: naming the argument, not a converted model, or `path="dense"` of one
+            with batch norms in its converted blocks. The model is unchanged then.
     """
     if noise is not None and not isinstance(noise, bool):
         raise TypeError(f"noise must be True or False, found {noise!r}")
@@ -68,6 +83,8 @@ def set_gates(
         raise ValueError(f"path must be one of {_PATHS}, found {path!r}")
     if temperature is not None:
         temperature = _check_positive("temperature", temperature)
+    if path == "dense":
+        _check_dense_path(model)
     for gate in gates_of(model).values():
         if noise is not None:
             gate.noise = noise
@@ -134,12 +151,14 @@ class GateSchedule:
     def gamma_at(self, step: int) -> float:
         """Target of the budget loss at a step."""
         ramp = self.warmup * self.steps
-        done = 1.0 if step >= ramp else step / ramp
+        if step >= ramp:
+            return self.gamma
+        done = step / ramp
         return self.gamma_start + (self.gamma - self.gamma_start) * done
 
     def stage_at(self, step: int) -> float:
         """The same in `stages` equal parts, never under `gamma_at`."""
-        if self.gamma_start == self.gamma:
+        if self.gamma_at(step) == self.gamma:
             return self.gamma
         done = (self.gamma_start - self.gamma_at(step)) / (self.gamma_start - self.gamma)
         done = math.floor(done * self.stages + 1e-9) / self.stages
@@ -162,16 +181,22 @@ class GateSchedule:
             gamma, for `dgefx.budget_loss`.
 
         Raises:
-            TypeError, ValueError: not a converted model, or gamma under its floor.
+            TypeError, ValueError: not a converted model, or gamma under its floor. The model is
+                unchanged then.
         """
         inner = unwrap_all(model)
         record = conversion_record(inner)
         held = record.config.capacity is not None
-        set_gates(inner, noise=self.noise_at(step), temperature=self.temperature_at(step))
+        if self.gamma < record.report.floor:
+            raise ValueError(
+                f"the schedule ends at gamma={self.gamma:g}, under this model's floor of "
+                f"{record.report.floor:.3f}"
+            )
         # gates without a capacity ask as they like, so for them the model's gamma is a label
         wanted = self.stage_at(step) if held else self.gamma
         if record.gamma != wanted:
             set_budget(inner, wanted)
+        set_gates(inner, noise=self.noise_at(step), temperature=self.temperature_at(step))
         return wanted if held else self.gamma_at(step)
 
     def over(self, steps: int) -> GateSchedule:

@@ -85,6 +85,11 @@ def train(
             update was not made; on an accelerator it was, but `after_epoch` not called.
     """
     batches = _check(loader, epochs, start_epoch, accumulate, clip_grad, amp)
+    if scheduler is None and any(g.get("lr_scale", 1.0) != 1.0 for g in optimizer.param_groups):
+        raise ValueError(
+            "optimizer has groups with an lr_scale, which timm's schedulers apply, but there is no "
+            "scheduler; pass one, or make the groups with param_groups(model, lr=...)"
+        )
     updates = math.ceil(batches / accumulate)
     if scheduler is not None and start_epoch:
         scheduler.step_update(start_epoch * updates)

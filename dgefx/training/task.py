@@ -42,9 +42,9 @@ class FinetuneTask(TrainingTask):
             the model's: logits where it is a classifier's. Made by timm from `criterion_kwargs` if
             None. Not called where `task_loss_weight` is 0.
         criterion_kwargs: for `timm.loss.create_classification_loss`.
-        teacher: "dense", None, any module that takes the same input, a timm
-            `DistillationTeacher` (of another input normalisation, say), or the name of a pretrained
-            timm model.
+        teacher: "dense", None, any module that takes the same input (frozen and put in eval mode),
+            a timm `DistillationTeacher` (of another input normalisation, say), or the name of a
+            pretrained timm model.
         task_loss_weight, distill_loss_weight, budget_loss_weight: at least 0.
         temperature: of both softmaxes in the distillation of logits; the loss is multiplied by its
             square, so that gradients keep their size.
@@ -93,11 +93,17 @@ class FinetuneTask(TrainingTask):
         if schedule is not None and not isinstance(schedule, GateSchedule):
             raise TypeError(f"schedule must be a GateSchedule, found {type(schedule).__name__}")
         self.schedule = schedule
-        self.gamma = record.gamma
+        self._aim: float | None = None
         self.criterion = resolve_classification_loss(
             criterion, self.device, criterion_kwargs=criterion_kwargs
         )
         self.teacher = self._make_teacher(teacher, model)
+        free = record.config.capacity is None and record.gamma < 1.0 and self.budget_loss_weight
+        if self.teacher is None and not self.task_loss_weight and not free:
+            raise ValueError(
+                "nothing to learn from: task_loss_weight is 0, there is no teacher, and the budget "
+                "holds by construction; give the task loss or the teacher a weight"
+            )
         self.trainable_module = model
         if schedule is not None:
             self.set_step(0)
@@ -115,8 +121,13 @@ class FinetuneTask(TrainingTask):
                 f'teacher must be "dense", None, the name of a timm model or a module, found '
                 f"{type(teacher).__name__}"
             )
-        elif teacher is model:
-            raise ValueError('teacher is the model itself; for the dense original use "dense"')
+        else:
+            own = {id(parameter) for parameter in model.parameters()}
+            if any(id(parameter) in own for parameter in teacher.parameters()):
+                raise ValueError(
+                    "teacher is the model itself, or shares weights with it, and would be frozen; "
+                    'for the dense original use "dense"'
+                )
         module: nn.Module = teacher
         return module.requires_grad_(False).eval()
 
@@ -136,11 +147,18 @@ class FinetuneTask(TrainingTask):
             the gamma that is aimed at now.
         """
         if self.schedule is not None:
-            self.gamma = self.schedule.apply(self.trainable_module, step)
+            self._aim = self.schedule.apply(self.trainable_module, step)
             average = self.get_trainable_module(ema=True)
             if average is not None:
                 self.schedule.apply(getattr(average, "module", average), step)
         return self.gamma
+
+    @property
+    def gamma(self) -> float:
+        """What is aimed at: the schedule's gamma at its step, without one the model's."""
+        if self._aim is not None:
+            return self._aim
+        return conversion_record(unwrap_all(self.trainable_module)).gamma
 
     @property
     def ratio(self) -> float:
@@ -193,14 +211,18 @@ class FinetuneTask(TrainingTask):
             target: for the criterion.
 
         Returns:
-            `loss`, `output`, and the detached `task_loss`, `kd_loss` and `budget_loss`, unweighted.
+            `loss`, `output`, and the detached `task_loss`, `kd_loss` and (in train mode)
+            `budget_loss`, unweighted.
         """
         output = _call(self.trainable_module, input)
         logits = logits_of(output)
         shown = output if logits is None else logits
-        budget = budget_loss(self.trainable_module, self.gamma)
-        loss = self.budget_loss_weight * budget
-        result = {"output": shown, "budget_loss": budget.detach()}
+        loss = torch.zeros((), device=shown.device if isinstance(shown, Tensor) else self.device)
+        result = {"output": shown}
+        if self.training:  # evaluation leaves the gates' demands alone
+            budget = budget_loss(self.trainable_module, self.gamma)
+            loss = loss + self.budget_loss_weight * budget
+            result["budget_loss"] = budget.detach()
         if self.task_loss_weight:
             task_loss = self.criterion(shown, target)
             loss = loss + self.task_loss_weight * task_loss

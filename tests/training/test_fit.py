@@ -141,3 +141,14 @@ def test_settling_leaves_alone_what_it_cannot_help() -> None:
     assert settle_gates(detail, x) == dgefx.report(detail).ratio
     with pytest.raises(ValueError, match="no gates"):
         fit_gates(detail, x)
+
+
+def test_a_settled_gamma_is_the_models() -> None:
+    model, _, x = converted(OPEN)
+    fit_gates(model, x)
+    settle_gates(model, x, 0.6)
+    assert dgefx.report(model).gamma == 0.6
+    dense, _, x = converted(OPEN, gamma=1.0)
+    with pytest.raises(ValueError, match="set_budget"):
+        settle_gates(dense, x, 0.6)
+    assert settle_gates(dense, x) == dgefx.report(dense).ratio

@@ -9,8 +9,8 @@ import torch
 
 import dgefx
 from dgefx import DGEConfig
-from dgefx.training import GateSchedule, gates_of, set_gates
-from tests.helpers import TinyViT, images, randomise
+from dgefx.training import FinetuneTask, GateSchedule, gates_of, set_gates
+from tests.helpers import Attention, TinyViT, images, randomise
 
 OPEN = DGEConfig(router="linear", budget="average", capacity=None)
 
@@ -95,3 +95,35 @@ def test_set_gates_checks_its_arguments() -> None:
         set_gates(model, temperature=-1.0)
     with pytest.raises(ValueError, match="not a converted one"):
         set_gates(TinyViT(), noise=True)
+
+
+def test_a_schedule_under_the_floor_is_refused_at_once() -> None:
+    model = model_with(OPEN)
+    floor = dgefx.report(model).floor
+    for schedule in (
+        GateSchedule(floor / 2, 100, warmup=0.5, noise=1.0, temperature=(3.0, 1.0)),
+        GateSchedule(floor / 2, 100, noise=1.0, temperature=(3.0, 1.0)),
+    ):
+        with pytest.raises(ValueError, match="under this model's floor"):
+            FinetuneTask(model, schedule=schedule)
+    for gate in gates_of(model).values():
+        assert not gate.noise and float(gate.temperature) == 1.0
+    assert dgefx.report(model).gamma == 0.6
+
+
+def test_the_dense_path_refuses_batch_norms() -> None:
+    class Normed(torch.nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.inner = Attention(dim, 2)
+            self.norm = torch.nn.BatchNorm1d(dim)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+    dense = TinyViT(make=Normed)
+    x = images(2, (36, 28))
+    model = dgefx.convert(randomise(dense), 0.8, example_inputs=x, config=OPEN)
+    with pytest.raises(ValueError, match="batch statistics"):
+        set_gates(model, path="dense", noise=True)
+    assert {(gate.path, gate.noise) for gate in gates_of(model).values()} == {("sparse", False)}

@@ -19,6 +19,7 @@ import dgefx
 from dgefx.training import FinetuneTask, GateSchedule
 from dgefx.training.log import CsvLog, TensorBoardLog
 from dgefx.training.loop import _Numbers, train
+from dgefx.training.optim import param_groups
 from tests.helpers import TinyViT, error, images
 
 COLUMNS = ["epoch", "step", "lr", "gamma", "ratio", "loss", "budget_loss", "task_loss", "kd_loss"]
@@ -180,14 +181,28 @@ def test_timms_own_tasks_train_too() -> None:
 
 
 def test_ema_follows() -> None:
-    task = FinetuneTask(converted())
-    task.setup_ema(decay=0.5)
-    train(task, [batch(2)] * 3, sgd(task), epochs=1, progress=False)
-    average = torch.cat(
-        [p.detach().flatten() for p in task.trainable_module_ema.module.parameters()]
+    task, seen = FinetuneTask(converted()), []
+    task.setup_ema(decay=0.25)
+    before = weights(task)
+    train(
+        task,
+        [batch(2)],
+        sgd(task),
+        epochs=3,
+        progress=False,
+        after_epoch=lambda epoch: seen.append(weights(task)),
     )
-    # the first update copies the weights, so the average is between those of updates 1 and 3
-    assert 0 < error(average, weights(task)) < 0.1
+    ema = task.trainable_module_ema.module
+    average = torch.cat([p.detach().flatten() for p in ema.parameters()])
+    wanted = before
+    for now in seen:
+        wanted = 0.25 * wanted + 0.75 * now
+    # timm begins the average with the weights after the first update, or with those before
+    other = seen[0]
+    for now in seen[1:]:
+        other = 0.25 * other + 0.75 * now
+    moved = error(seen[-1], average)
+    assert min(error(average, wanted), error(average, other)) < 1e-6 < moved
 
 
 def test_inputs_may_be_dicts_and_the_sampler_is_told_the_epoch() -> None:
@@ -368,3 +383,15 @@ def test_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         TensorBoardLog(tmp_path)
+
+
+def test_rates_that_nobody_applies_are_refused() -> None:
+    task = FinetuneTask(converted(dgefx.DGEConfig(router="linear")))
+    model = task.get_trainable_module()
+    optimizer = torch.optim.SGD(param_groups(model, gate_lr_scale=10.0), lr=0.1)
+    with pytest.raises(ValueError, match="lr_scale"):
+        train(task, [batch(2)], optimizer, epochs=1, progress=False)
+    before = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.SGD(param_groups(model, gate_lr_scale=10.0, lr=0.1))
+    train(task, [batch(2)], optimizer, epochs=1, progress=False)
+    assert before and max(group["lr"] for group in optimizer.param_groups) == pytest.approx(1.0)

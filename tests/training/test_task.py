@@ -270,3 +270,32 @@ def test_a_teacher_that_does_not_fit_is_named() -> None:
     teacher = timm.create_model("test_vit", img_size=64, num_classes=7)
     with pytest.raises(ValueError, match="teacher's output"):
         FinetuneTask(model, teacher=teacher).train()(*batch())
+
+
+def test_without_a_schedule_the_models_own_budget_is_aimed_at() -> None:
+    model, _ = converted(OPEN)
+    task = FinetuneTask(model, task_loss_weight=0.0).train()
+    dgefx.set_budget(model, 0.8)
+    assert task.gamma == 0.8
+    found = task(batch()[0])
+    assert float(found["budget_loss"]) == pytest.approx(
+        float(dgefx.budget_loss(model, 0.8).detach()), rel=1e-6
+    )
+
+
+def test_evaluation_has_a_loss_without_budget() -> None:
+    model, _ = converted(OPEN)
+    task = FinetuneTask(model).eval()
+    with torch.no_grad():
+        found = task(*batch())
+    assert "budget_loss" not in found
+    total = found["task_loss"] + found["kd_loss"]
+    assert float(found["loss"]) == pytest.approx(float(total), rel=1e-6)
+
+
+def test_a_task_without_a_loss_is_refused() -> None:
+    model, _ = converted()
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        FinetuneTask(model, task_loss_weight=0.0, teacher=None)
+    free, _ = converted(OPEN)
+    FinetuneTask(free, task_loss_weight=0.0, teacher=None).train()(batch()[0])["loss"].backward()
