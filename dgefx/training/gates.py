@@ -150,7 +150,8 @@ class GateSchedule:
 
     def gamma_at(self, step: int) -> float:
         """Target of the budget loss at a step."""
-        ramp = self.warmup * self.steps
+        # the last step is at gamma even where all of them are warm-up
+        ramp = min(self.warmup * self.steps, self.steps - 1)
         if step >= ramp:
             return self.gamma
         done = step / ramp

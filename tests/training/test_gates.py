@@ -127,3 +127,10 @@ def test_the_dense_path_refuses_batch_norms() -> None:
     with pytest.raises(ValueError, match="batch statistics"):
         set_gates(model, path="dense", noise=True)
     assert {(gate.path, gate.noise) for gate in gates_of(model).values()} == {("sparse", False)}
+
+
+@pytest.mark.parametrize("warmup", [0.9, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 100])
+def test_the_last_step_is_at_gamma(steps: int, warmup: float) -> None:
+    schedule = GateSchedule(0.6, steps, warmup=warmup)
+    assert schedule.gamma_at(steps - 1) == schedule.stage_at(steps - 1) == 0.6
