@@ -7,7 +7,7 @@ keep to it, and `measured_ratio` tells whether they do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dgefx.calibrate import check_gamma
-from dgefx.calibration.images import CalibrationCalls, ExampleCall, read_images
+from dgefx.calibration.images import CalibrationCalls
 from dgefx.convert import revert
+from dgefx.modes import evaluating
 from dgefx.passes.cost import count_macs
 from dgefx.record import Record, conversion_record, converted_blocks, unwrap
 
@@ -89,19 +90,33 @@ def asked_ratio(model: nn.Module, record: Record) -> Tensor | None:
     """MAC ratio that the gates asked for, a scalar with gradient; None if it is not up to them."""
     if record.config.capacity is not None or record.gamma >= 1.0:
         return None
-    total = None
+    demands = {}
     for name, block in converted_blocks(model, record).items():
-        router, cost = block.dge_router, record.costs[name]
-        demand = None if router.gate is None else router.gate.demand
+        gate = block.dge_router.gate
+        demand = None if gate is None else gate.demand
         if demand is None or not block.training:
             raise ValueError(
                 f"the gate of block {name} has not been through a forward in train mode with "
                 f"gradients; call budget_loss(model) after model(images), all in train mode. "
                 f"With activation checkpointing use use_reentrant=False"
             )
-        macs = cost.macs_asked(demand) + record.images * router.correction_macs_asked(demand)
-        total = macs if total is None else total + macs
-    return None if total is None else (total + record.rest) / record.macs_dense
+        demands[name] = demand
+    return ratio_of_queries(model, record, demands)
+
+
+def ratio_of_queries(model: nn.Module, record: Record, queries: Mapping[str, Tensor]) -> Tensor:
+    """MAC ratio of the model whose blocks have so many queries, of any level; gradients flow.
+
+    Args:
+        queries: per converted block, a scalar per image, prefix tokens not counted.
+    """
+    blocks = converted_blocks(model, record)
+    spent = [
+        record.costs[name].macs_asked(count)
+        + record.images * blocks[name].dge_router.correction_macs_asked(count)
+        for name, count in queries.items()
+    ]
+    return (torch.stack(spent).sum() + record.rest) / record.macs_dense
 
 
 def measured_ratio(
@@ -122,18 +137,11 @@ def measured_ratio(
     """
     inner = unwrap_all(model)
     record = conversion_record(inner)
-    example = ExampleCall(record.example, inner)
-    batches = read_images(images, example, max_images, batch_size)
-    modes = {module: module.training for module in inner.modules()}
+    calls = CalibrationCalls.of(inner, record.example, images, max_images, batch_size)
     dense = revert(inner).eval()
     spent = wanted = 0
-    try:
-        inner.eval()
-        with torch.compiler.set_stance("force_eager"):
-            for (args, kwargs), _ in CalibrationCalls(inner, example, batches):
-                spent += count_macs(inner, args, kwargs)
-                wanted += count_macs(dense, args, kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(inner):
+        for (args, kwargs), _ in calls:
+            spent += count_macs(inner, args, kwargs)
+            wanted += count_macs(dense, args, kwargs)
     return spent / wanted

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dgefx.calibration.images import CalibrationCalls, ExampleCall, read_images
+from dgefx.calibration.images import CalibrationCalls
 from dgefx.calibration.session import Session, Settings
+from dgefx.modes import evaluating
 from dgefx.record import (
     Record,
     apply_budget,
@@ -114,12 +115,11 @@ def calibrate(
     if distance not in _DISTANCES:
         raise ValueError(f"distance must be one of {_DISTANCES}, found {distance!r}")
     settings = Settings(value, distance, correction_rank, refine_passes, progress)
-    # what is fitted must be of use outside inference mode too, and hooks are not to be compiled
-    with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
-        example = ExampleCall(record.example, target)
-        batches = read_images(images, example, max_images, batch_size)
+    # what is fitted must be of use outside inference mode too
+    with torch.inference_mode(False):
+        calls = CalibrationCalls.of(target, record.example, images, max_images, batch_size)
         with _preserved(target, record), _bounded(target, record):
-            Session(target, record, CalibrationCalls(target, example, batches), settings).run()
+            Session(target, record, calls, settings).run()
             apply_budget(target, record, value)
     return model
 
@@ -164,13 +164,12 @@ def _bounded(model: nn.Module, record: Record) -> Iterator[None]:
 @contextmanager
 def _preserved(model: nn.Module, record: Record) -> Iterator[None]:
     """Eval mode inside; modes after; and on failure the calibration and budget from before."""
-    modes = {module: module.training for module in model.modules()}
     kept = record.calibration, record.gamma, record.report
     routers = {n: b.dge_router for n, b in converted_blocks(model, record).items()}
     states = {n: (r.plan, r.importance, r.correction) for n, r in routers.items()}
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
         for block in converted_blocks(model, record).values():
             train_corrections_like_block(block)
     except BaseException:
@@ -180,6 +179,3 @@ def _preserved(model: nn.Module, record: Record) -> Iterator[None]:
             router.set_importance(importance)
             router.set_correction(correction)
         raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

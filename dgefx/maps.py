@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dgefx.calibration.images import ExampleCall, one_batch, placed
 from dgefx.kernels.routing import Routing
+from dgefx.modes import evaluating
 from dgefx.nn.hierarchy import side_counts
 from dgefx.record import block_macs, conversion_record, converted_blocks, unwrap
 
@@ -31,7 +32,6 @@ def _routings(model: nn.Module, images: Any) -> dict[str, Routing]:
     example = ExampleCall(record.example, target)
     tensors = one_batch(images, example)
     found: dict[str, Routing] = {}
-    modes = {module: module.training for module in target.modules()}
     with ExitStack() as stack:
         for name, block in converted_blocks(target, record).items():
             handle = block.dge_router.register_forward_hook(
@@ -39,13 +39,8 @@ def _routings(model: nn.Module, images: Any) -> dict[str, Routing]:
             )
             stack.callback(handle.remove)
         args, kwargs = placed(tensors, target, example)
-        # hooks and the eval mode are no reason to compile anything anew
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            target.eval()(*args, **kwargs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        stack.enter_context(evaluating(target))
+        target(*args, **kwargs)
     return found
 
 

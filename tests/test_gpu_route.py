@@ -37,7 +37,7 @@ BOUND = 1e-5
 
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgefx.nn.router.takes_triton", lambda tensor: True)
+    monkeypatch.setattr("dgefx.nn.router_routings.takes_triton", lambda tensor: True)
 
 
 @pytest.fixture

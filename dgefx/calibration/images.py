@@ -230,6 +230,19 @@ class CalibrationCalls:
         self.model, self.example, self.batches = model, example, batches
         self.sizes = [next(iter(batch.values())).shape[0] for batch in batches]
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        described: list[Any],
+        images: Iterable[Any],
+        limit: int,
+        batch_size: int,
+    ) -> CalibrationCalls:
+        """From any iterable of images, see `read_images`; `described` as `ExampleCall` takes it."""
+        example = ExampleCall(described, model)
+        return cls(model, example, read_images(images, example, limit, batch_size))
+
     @property
     def images(self) -> int:
         """How many there are."""

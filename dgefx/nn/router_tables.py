@@ -1,7 +1,7 @@
 """`RouterTables`: what a router knows of its token grid, as buffers that move with the model.
 
-The base of `dgefx.nn.router.Router`. At the converted size every table is a non-persistent buffer;
-at any other it is computed when it is asked for.
+The base of `dgefx.nn.router_routings.RouterRoutings`. At the converted size every table is a
+non-persistent buffer; at any other it is computed when it is asked for.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """Fine-tuning a converted model to its budget, on timm's training tasks.
 
-Needs timm (`pip install dgefx[train]`); the rest of dgefx does not.
+Needs timm (the extra `train`); the rest of dgefx does not.
 """
 
-try:
-    import timm as _timm  # noqa: F401
-except ImportError as error:  # pragma: no cover
-    raise ImportError(
-        "dgefx.training is built on timm's training tasks; install timm (pip install dgefx[train])"
-    ) from error
+from importlib.util import find_spec
+
+if find_spec("timm") is None:
+    raise ImportError("dgefx.training is built on timm's training tasks: pip install timm")
 
 from dgefx.budget_loss import budget_loss, measured_ratio
 from dgefx.training.checkpoint import load_checkpoint, save_checkpoint

@@ -9,17 +9,19 @@ meets the budget on images as they are, without augmentation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dgefx.budget_loss import ratio_of_queries
 from dgefx.calibrate import check_gamma
-from dgefx.calibration.images import CalibrationCalls, ExampleCall, read_images
+from dgefx.calibration.images import CalibrationCalls
 from dgefx.kernels.routing import Routing
+from dgefx.modes import evaluating
 from dgefx.nn.gate import FINEST_PROBABILITY, Gate
 from dgefx.nn.router import Router
 from dgefx.record import (
@@ -64,15 +66,16 @@ def fit_gates(
     """
     record, inner = conversion_record(model), unwrap(model)
     routers = _gated_routers(inner, record, "fit_gates")
-    calls = _calls(inner, record, images, max_images, batch_size)
+    calls = CalibrationCalls.of(inner, record.example, images, max_images, batch_size)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in routers}
-    with _watched(inner, routers, lambda name: _Collector(seen[name])):
-        for (args, kwargs), _ in calls:
-            inner(*args, **kwargs)
-    for name, router in routers.items():
+
+    def collect(name: str, inputs: tuple[Any, ...], _routing: Routing) -> None:
+        seen[name].append(routers[name][0].gate_examples(*inputs))
+
+    _run(inner, routers, calls, collect)
+    for name, (router, gate) in routers.items():
         means, levels = (torch.cat(parts) for parts in zip(*seen[name], strict=True))
-        assert router.gate is not None
-        _fit(router.gate, means, levels, router.level_costs())
+        _fit(gate, means, levels, router.level_costs())
     return model
 
 
@@ -116,15 +119,17 @@ def settle_gates(
             )
         return record.report.ratio
     routers = _gated_routers(inner, record, "settle_gates")
-    calls = _calls(inner, record, images, max_images, batch_size)
-    before = {name: r.gate.bias.detach().clone() for name, r in routers.items() if r.gate}
-    finer = {name: _finer(router.level_costs()) for name, router in routers.items()}
+    calls = CalibrationCalls.of(inner, record.example, images, max_images, batch_size)
+    before = {name: gate.bias.detach().clone() for name, (_, gate) in routers.items()}
+    finer = {name: _finer(router.level_costs()) for name, (router, _) in routers.items()}
+
+    def shift_to(shift: float) -> None:
+        with torch.no_grad():
+            for name, (_, gate) in routers.items():
+                gate.bias.copy_(before[name] + shift * finer[name] if shift else before[name])
 
     def ratio_at(shift: float) -> float:
-        with torch.no_grad():
-            for name, router in routers.items():
-                assert router.gate is not None
-                router.gate.bias.copy_(before[name] + shift * finer[name])
+        shift_to(shift)
         return _asked_in_eval(inner, record, routers, calls)
 
     low, high = -_WIDEST, _WIDEST
@@ -141,94 +146,75 @@ def settle_gates(
             found = ratio_at(middle)
             best = min(best, (abs(found - target), middle, found))
             low, high = (middle, high) if found < target else (low, middle)
-        found = ratio_at(best[1])
+        shift_to(best[1])
         if target != record.gamma:  # what a budget loss would pull them back to
             apply_budget(inner, record, target)
-        return found
     except BaseException:
-        with torch.no_grad():
-            for name, router in routers.items():
-                assert router.gate is not None
-                router.gate.bias.copy_(before[name])
+        shift_to(0.0)
         raise
+    return best[2]
 
 
-def _gated_routers(model: nn.Module, record: Record, call: str) -> dict[str, Router]:
+def _gated_routers(model: nn.Module, record: Record, call: str) -> dict[str, tuple[Router, Gate]]:
     check_unsharded(model, call)
-    routers = {name: b.dge_router for name, b in converted_blocks(model, record).items()}
-    if any(router.gate is None for router in routers.values()):
-        raise ValueError(
-            f'model has no gates, which {call} is for: it was converted with router="detail"; '
-            f'convert it with config=DGEConfig(router="linear")'
-        )
-    return routers
+    found = {}
+    for name, block in converted_blocks(model, record).items():
+        router = block.dge_router
+        if router.gate is None:
+            raise ValueError(
+                f'model has no gates, which {call} is for: it was converted with router="detail"; '
+                f'convert it with config=DGEConfig(router="linear")'
+            )
+        found[name] = (router, router.gate)
+    return found
 
 
-def _calls(
-    model: nn.Module, record: Record, images: Any, max_images: int, batch_size: int
-) -> CalibrationCalls:
-    example = ExampleCall(record.example, model)
-    return CalibrationCalls(model, example, read_images(images, example, max_images, batch_size))
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, routers: dict[str, Router], hook: Callable[[str], Any]
-) -> Iterator[None]:
-    """Eval mode, no gradients, and a forward hook on every router."""
-    modes = {module: module.training for module in model.modules()}
-    hooks = [router.register_forward_hook(hook(name)) for name, router in routers.items()]
-    try:
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+def _run(
+    model: nn.Module,
+    routers: dict[str, tuple[Router, Gate]],
+    calls: CalibrationCalls,
+    look: Callable[[str, tuple[Any, ...], Routing], None],
+) -> None:
+    """All images through the model in eval mode; `look` gets a router's inputs and its routing."""
+    with ExitStack() as stack:
+        for name, (router, _) in routers.items():
+            handle = router.register_forward_hook(
+                lambda _m, inputs, routing, name=name: look(name, inputs, routing)
+            )
+            stack.callback(handle.remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        for (args, kwargs), _ in calls:
+            model(*args, **kwargs)
 
 
 def _asked_in_eval(
-    model: nn.Module, record: Record, routers: dict[str, Router], calls: CalibrationCalls
+    model: nn.Module,
+    record: Record,
+    routers: dict[str, tuple[Router, Gate]],
+    calls: CalibrationCalls,
 ) -> float:
     """MAC ratio of what the gates ask for on these images."""
     asked = dict.fromkeys(routers, 0)
 
-    def count(name: str) -> Callable[[Router, Any, Routing], None]:
-        def hook(router: Router, _inputs: Any, routing: Routing) -> None:
-            assert routing.ragged is not None
-            images = routing.ragged.row.shape[0]
-            asked[name] += int(routing.ragged.offsets[-1]) - images * router.prefix
+    def count(name: str, _inputs: tuple[Any, ...], routing: Routing) -> None:
+        assert routing.ragged is not None
+        images = routing.ragged.row.shape[0]
+        asked[name] += int(routing.ragged.offsets[-1]) - images * routing.prefix
 
-        return hook
-
-    with _watched(model, routers, count):
-        for (args, kwargs), _ in calls:
-            model(*args, **kwargs)
-    spent = record.rest
-    for name, router in routers.items():
-        queries = torch.tensor(asked[name] / calls.images)
-        macs = record.costs[name].macs_asked(queries)
-        spent += float(macs + record.images * router.correction_macs_asked(queries))
-    return spent / record.macs_dense
+    _run(model, routers, calls, count)
+    # in double precision, as these are sums over many images
+    queries = {
+        name: torch.tensor(total / calls.images, dtype=torch.float64)
+        for name, total in asked.items()
+    }
+    return float(ratio_of_queries(model, record, queries))
 
 
 def _finer(costs: Tensor) -> Tensor:
     """(L,) share of the finest level's queries that every level has, of (R, L) costs."""
     mean = costs.double().mean(0)
     return mean / mean[0]
-
-
-class _Collector:
-    """Forward hook of a router: the regions' mean tokens, and their levels by the detail score."""
-
-    def __init__(self, found: list[tuple[Tensor, Tensor]]) -> None:
-        self.found = found
-
-    def __call__(self, router: Router, inputs: tuple[Any, ...], _output: Any) -> None:
-        tokens, grid = inputs
-        self.found.append(router.gate_examples(tokens, grid))
 
 
 def _fit(gate: Gate, means: Tensor, levels: Tensor, costs: Tensor) -> None:

@@ -6,10 +6,8 @@ Read by `dgefx.nn.gate.Gate` in train mode only: evaluation takes the arg max of
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +16,7 @@ from dgefx.budget_loss import unwrap_all
 from dgefx.calibrate import check_gamma, set_budget
 from dgefx.nn.gate import Gate, Path
 from dgefx.record import conversion_record, converted_blocks
+from dgefx.training.checks import check_number
 
 _PATHS = ("sparse", "dense")
 
@@ -47,14 +46,6 @@ def _check_dense_path(model: nn.Module) -> None:
             )
 
 
-def _check_positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, found {value!r}")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, found {value!r}")
-    return float(value)
-
-
 def set_gates(
     model: nn.Module,
     *,
@@ -82,7 +73,7 @@ def set_gates(
     if path is not None and path not in _PATHS:
         raise ValueError(f"path must be one of {_PATHS}, found {path!r}")
     if temperature is not None:
-        temperature = _check_positive("temperature", temperature)
+        temperature = check_number("temperature", temperature, positive=True)
     if path == "dense":
         _check_dense_path(model)
     for gate in gates_of(model).values():
@@ -146,7 +137,7 @@ class GateSchedule:
         if not isinstance(self.temperature, (tuple, list)) or len(self.temperature) != 2:
             raise TypeError(f"temperature must be (first, last), found {self.temperature!r}")
         for value in self.temperature:
-            _check_positive("temperature", value)
+            check_number("temperature", value, positive=True)
 
     def gamma_at(self, step: int) -> float:
         """Target of the budget loss at a step."""
@@ -199,7 +190,3 @@ class GateSchedule:
             set_budget(inner, wanted)
         set_gates(inner, noise=self.noise_at(step), temperature=self.temperature_at(step))
         return wanted if held else self.gamma_at(step)
-
-    def over(self, steps: int) -> GateSchedule:
-        """The same over another number of steps."""
-        return dataclasses.replace(self, steps=steps)

@@ -7,7 +7,6 @@ timm's own; what is added here are the gates' learning rate and that they do not
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dgefx.budget_loss import unwrap_all
 from dgefx.nn.router import Router
+from dgefx.training.checks import check_number
 from dgefx.training.shard import reshard
 
 
@@ -57,16 +57,16 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    decay = _number("weight_decay", weight_decay, least=0.0)
-    scale = _number("gate_lr_scale", gate_lr_scale, above=0.0)
-    base = None if lr is None else _number("lr", lr, above=0.0)
+    decay = check_number("weight_decay", weight_decay)
+    scale = check_number("gate_lr_scale", gate_lr_scale, positive=True)
+    base = None if lr is None else check_number("lr", lr, positive=True)
     inner = unwrap_all(model)
     reshard(inner)
     exempt: Collection[str] = getattr(inner, "no_weight_decay", set)()
     if layer_decay is None:
         groups = param_groups_weight_decay(inner, decay, no_weight_decay_list=exempt)
     else:
-        per_layer = _number("layer_decay", layer_decay, above=0.0)
+        per_layer = check_number("layer_decay", layer_decay, positive=True)
         if per_layer > 1.0:
             raise ValueError(f"layer_decay must be at most 1, found {per_layer}")
         if not hasattr(inner, "group_matcher"):
@@ -85,18 +85,6 @@ def param_groups(
         for group in groups:
             group["lr"] = base * group.pop("lr_scale", 1.0)
     return groups
-
-
-def _number(
-    name: str, value: object, *, least: float = -math.inf, above: float = -math.inf
-) -> float:
-    """`value` as a finite float of at least `least` and over `above`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, found {type(value).__name__}")
-    if not math.isfinite(value) or value < least or value <= above:
-        bound = f"over {above:g}" if above > least else f"at least {least:g}"
-        raise ValueError(f"{name} must be finite and {bound}, found {value}")
-    return float(value)
 
 
 def _gate_parameters(model: nn.Module) -> set[Tensor]:

@@ -6,7 +6,6 @@ EMA and evaluators). Reads `dgefx.budget_loss`; `dgefx.training.gates` says how 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from dgefx.budget_loss import asked_ratio, budget_loss, unwrap_all
 from dgefx.calibration.distance import Kind, compared, distance, logits_of, reference
 from dgefx.convert import report, revert
 from dgefx.record import conversion_record, converted_blocks
+from dgefx.training.checks import check_number
 from dgefx.training.gates import GateSchedule
 from dgefx.training.shard import shard
 
@@ -79,12 +79,10 @@ class FinetuneTask(TrainingTask):
         if parameter is not None:
             device, dtype = device or parameter.device, dtype or parameter.dtype
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.task_loss_weight = _check_weight("task_loss_weight", task_loss_weight)
-        self.distill_loss_weight = _check_weight("distill_loss_weight", distill_loss_weight)
-        self.budget_loss_weight = _check_weight("budget_loss_weight", budget_loss_weight)
-        self.temperature = _check_weight("temperature", temperature)
-        if not self.temperature:
-            raise ValueError("temperature must be positive, found 0")
+        self.task_loss_weight = check_number("task_loss_weight", task_loss_weight)
+        self.distill_loss_weight = check_number("distill_loss_weight", distill_loss_weight)
+        self.budget_loss_weight = check_number("budget_loss_weight", budget_loss_weight)
+        self.temperature = check_number("temperature", temperature, positive=True)
         if distill_distance not in ("auto", "kl", "relative"):
             raise ValueError(
                 f'distill_distance must be "auto", "kl" or "relative", found {distill_distance!r}'
@@ -168,6 +166,7 @@ class FinetuneTask(TrainingTask):
         asked = asked_ratio(inner, conversion_record(inner))
         return report(inner).ratio if asked is None else float(asked.detach())
 
+    # timm's tasks have this signature, nn.Module another
     def compile(  # type: ignore[override]
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
@@ -263,14 +262,6 @@ class FinetuneTask(TrainingTask):
             for key in ("mean", "std")
         )
         return self.teacher.normalize_input(input, mean, std)
-
-
-def _check_weight(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, found {value!r}")
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} must be at least 0, found {value!r}")
-    return float(value)
 
 
 def _call(model: nn.Module, input: Any) -> Any:

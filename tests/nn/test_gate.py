@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx import DGEConfig
+from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.gate import Gate, one_hot
 from dgefx.training.gates import set_gates
@@ -59,7 +60,7 @@ class Watch:
         if self.forced is None:
             self.args, self.kwargs, self.output = args, kwargs, output
 
-    def _router(self, router: nn.Module, inputs: tuple, output):  # type: ignore[no-untyped-def]
+    def _router(self, router: nn.Module, inputs: tuple, output: Routing) -> Routing | None:
         if self.forced is not None:
             levels = torch.full_like(self.routing.levels, self.forced)
             return router.routing_for(inputs[0], levels, inputs[1])
