@@ -286,7 +286,7 @@ class Splitter:
             return self._repack(node, form, moved)
         if form is not None and self._moves_nothing(node):
             return self._packed(self._source(node), form)
-        if form is not None and form.mixes:
+        if form is not None and (form.mixes or form.kind == "dense"):
             return self._legalise(node, form)
         name = op_name(node, self.trace.root)
         slots = node in self.in_slots
@@ -654,7 +654,7 @@ class Splitter:
         def dense(source: fx.Node, crosses: bool) -> Any:
             emitted = self._operand(source, crosses)
             source_form = self.forms.get(source)
-            if crosses or source_form is None or source_form.kind == "free":
+            if crosses or source_form is None or source_form.kind in ("free", "dense"):
                 return emitted
             if source_form.batch != 0:
                 raise Refused(f"{node.name} mixes tokens with images merged into another axis")
@@ -668,7 +668,7 @@ class Splitter:
 
         args, kwargs = map_sources(node, self.worlds.edges, dense)
         result = self._create(node, args, kwargs)
-        if form.kind == "free":
+        if form.kind in ("free", "dense"):
             if not isinstance(self.trace.values[node], Tensor):
                 raise Refused(f"{node.name} mixes tokens")
             return result

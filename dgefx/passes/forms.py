@@ -212,6 +212,8 @@ class FormFinder:
             if any(form.kind != "free" for form in self._source_forms(node)):
                 self.hidden.append(node)
             return Form("free", batch=_batch_axis(masks, self.probes))
+        if any(form.kind == "dense" for form in self._query_sources(node)):
+            return self._confine(node, value, moved, forms)
         batch = _batch_axis(masks, self.probes)
         if self.windows.partition is None and self.windows.arrives(node):
             self.windows.read(node)
@@ -310,26 +312,51 @@ class FormFinder:
         forms: dict[fx.Node, Form],
     ) -> Form:
         """A node that mixes tokens: keep its grid if it does, and judge what follows afresh."""
-        sources = [
-            forms[s]
+        sources = self._query_sources(node)
+        kept = self._back_on_grid(node, value, moved, sources)
+        if kept is not None:
+            return kept
+        if any(_is_plane(value, source) for source in sources):
+            return dataclasses.replace(
+                next(s for s in sources if _is_plane(value, s)), kind="dense"
+            )
+        for values in moved:
+            values[node] = value
+        return Form("free", mixes=True)
+
+    def _query_sources(self, node: fx.Node) -> list[Form]:
+        """Forms of the operands that hold tokens, or the plane that these were un-pooled to."""
+        return [
+            self.forms[s]
             for s, crosses in self.worlds.sources(node)
-            if s in forms
+            if s in self.forms
             and (not crosses or s in self.worlds.main)
-            and forms[s].kind not in ("free", "moving")
+            and self.forms[s].kind not in ("free", "moving")
         ]
+
+    def _back_on_grid(
+        self, node: fx.Node, value: Tensor, moved: list[dict[fx.Node, Any]], sources: list[Form]
+    ) -> Form | None:
+        """The form of a node that mixes tokens and keeps its grid, or comes back to it."""
         for source in sources:
             candidates = self._candidates(value, source.batch)
             if source.kind == "window":
                 candidates = [f for f in self.windows.candidates(value) if f == source]
             for form in candidates:
-                if form.kind == source.kind and form.axes == source.axes:
+                if source.kind in (form.kind, "dense") and form.axes == source.axes:
                     for values, probe in zip(moved, self.probes, strict=True):
                         inside = _box(value, self._place(form, probe), form.batch, probe.image)
                         values[node] = torch.where(inside, values[node], value)
                     return dataclasses.replace(form, mixes=True)
-        for values in moved:
-            values[node] = value
-        return Form("free", mixes=True)
+        return None
+
+
+def _is_plane(value: Tensor, form: Form) -> bool:
+    """Whether a value that is not on the grid of `form` is on another one, on the same axes."""
+    if form.kind == "dense":
+        return value.dim() == 4 and min(value.shape[2:]) > 1
+    plane = form.kind == "grid" and form.axes == (2, 3) and form.batch == 0 and not form.prefix
+    return plane and value.dim() == 4 and min(value.shape[2:]) > 1
 
 
 def _changed(base: Tensor, moved: Tensor) -> Tensor:
