@@ -44,6 +44,7 @@ def test_a_model_that_converts() -> None:
     assert result.status == "converted" and not result.error
     assert result.count("converted") == 2 and result.count("left") == 0
     assert result.exact is not None and result.exact <= 1e-5 and not result.wrong
+    assert result.moved is not None and result.moved > 1e-3
     assert result.compiled and result.compile_difference is not None
     assert result.compile_difference <= 1e-5
     assert result.gamma is not None and result.ratio is not None
@@ -311,6 +312,33 @@ def test_a_process_that_hangs_ends_with_its_timeout(monkeypatch: pytest.MonkeyPa
     result = run_case(select(["timm:test_vit"])[0], Options(timeout=0.3))
     assert result.status == "timeout" and "0.3 s" in result.error
     assert time.monotonic() - begun < 30
+
+
+def test_an_interrupted_run_ends_its_processes() -> None:
+    import os
+    import signal
+    import subprocess
+
+    command = [sys.executable, "-m", "dgefx.coverage", "timm:test_vit", "--timeout", "100"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def children() -> list[int]:
+        tasks = Path(f"/proc/{process.pid}/task")
+        return [int(c) for t in tasks.iterdir() for c in (t / "children").read_text().split()]
+
+    if not Path(f"/proc/{process.pid}/task/{process.pid}/children").exists():
+        process.kill()
+        pytest.skip("needs /proc with the children of a process")
+    deadline = time.monotonic() + 60
+    while not (workers := children()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 130 and "nothing was written" in log
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
 
 
 def test_a_process_that_crashes_is_a_row() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 where a model was converted wrongly."""
+    """Returns 0, 1 where a model was converted wrongly, 2 for bad arguments, 130 if interrupted."""
     asked = parser().parse_args(arguments)
     try:
         options = Options(asked.jobs, asked.timeout, asked.compile_backend, asked.base)
@@ -66,7 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def done(result: Result) -> None:
         print(one_line(result), flush=True)
 
-    results = run_cases(cases, options, done)
+    # what ends this process has to end those that it started
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        results = run_cases(cases, options, done)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     paths = write(results, asked.out, options)
     print("\n".join(summary(results)))
     print(f"written: {', '.join(str(path) for path in paths)}")

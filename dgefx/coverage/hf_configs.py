@@ -685,6 +685,7 @@ INPUTS: dict[str, Inputs] = {
 
 #: attention that is not over the image's tokens, by block names
 ASIDE: dict[str, tuple[tuple[str, str], ...]] = {
+    "vit_mae": (("encoder.*", "attention of a random subset of tokens, shuffled: no grid"),),
     **{
         name: _QUERIES
         for name in (

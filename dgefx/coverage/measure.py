@@ -46,11 +46,12 @@ class Result:
     there), "unseen" (none found, although the model takes softmaxes), "error" (see `error`),
     "timeout" or "crash". parameters: count. unseen: modules that take a softmax and that no block
     of the report holds. exact: relative error of the whole model at the finest granularity on
-    images that it was not converted with. ratio: MACs over the dense model's, by the report;
-    counted: the same by torch's counter, here. gamma: asked for, the floor where that is over 0.5.
-    compiled: whether Dynamo takes it as one graph, with compile_error else; compile_difference:
-    relative, between compiled and eager model. seconds: of one convert call. peak: GiB of the whole
-    process.
+    images that it was not converted with. moved: how much coarse queries (at `gamma`) move that
+    output; if that were nothing, `exact` would say nothing. ratio: MACs over the dense model's, by
+    the report; counted: the same by torch's counter, here. gamma: asked for, the floor where that
+    is over 0.5. compiled: whether Dynamo takes it as one graph, with compile_error else;
+    compile_difference: relative, between compiled and eager model. seconds: of one convert call.
+    peak: GiB of the whole process.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Result:
     softmaxes: int | None = None
     unseen: list[str] = field(default_factory=list)
     exact: float | None = None
+    moved: float | None = None
     gamma: float | None = None
     floor: float | None = None
     ratio: float | None = None
@@ -86,14 +88,21 @@ class Result:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Give constant parameters (layer scale, biases, tables) random values, so that an error in
-    what they scale or shift shows. In place."""
+    """Weights with which an error in any part of a block shows in the output. In place.
+
+    Linear layers keep the size of what they are given (initial weights of std 0.02 make attention
+    uniform in narrow models), and constant parameters (layer scale, biases, tables) get random
+    values.
+    """
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if not parameter.is_floating_point() or parameter.numel() == 0:
-            continue
-        if parameter.max() - parameter.min() < 1e-6:
-            with torch.no_grad():
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.weight.numel():
+                module.weight.normal_(std=module.in_features**-0.5, generator=generator)
+        for parameter in model.parameters():
+            if not parameter.is_floating_point() or parameter.numel() == 0:
+                continue
+            if parameter.max() - parameter.min() < 1e-6:
                 parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.5)
     return model
 
@@ -205,6 +214,7 @@ def _at_budget(
     half = dgefx.convert(model, result.gamma, example_inputs=example)
     result.seconds = time.perf_counter() - start
     result.ratio = dgefx.report(half).ratio
+    result.moved = difference(run(half, other), run(model, other))
     result.counted = _flops(half, example) / _flops(model, example)
     result.compiled, result.compile_error, result.compile_difference = _compile(
         half, other, backend

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -46,22 +46,25 @@ def run_cases(
     Args:
         done: called with each result as it comes, in the order of the cases.
     """
-    with ThreadPoolExecutor(options.jobs) as pool:
+    running: set[subprocess.Popen[str]] = set()
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
         results = []
-        for result in _in_order(pool, cases, options):
+        for result in pool.map(lambda case: run_case(case, options, running), cases):
             done(result)
             results.append(result)
         return results
+    finally:  # also when interrupted: processes in a group of their own do not see it
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            _kill(process)
+        pool.shutdown()
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, cases: Sequence[Case], options: Options
-) -> Iterator[Result]:
-    return pool.map(lambda case: run_case(case, options), cases)
-
-
-def run_case(case: Case, options: Options) -> Result:
-    """Measure one case in a process of its own."""
+def run_case(
+    case: Case, options: Options, running: set[subprocess.Popen[str]] | None = None
+) -> Result:
+    """Measure one case in a process of its own, kept in `running` while it runs."""
     threads = max(1, torch.get_num_threads() // options.jobs)  # heeds OMP_NUM_THREADS
     settings = {"base": options.base, "backend": options.backend, "threads": threads}
     command = [sys.executable, "-m", "dgefx.coverage.worker", case.name, json.dumps(settings)]
@@ -73,12 +76,15 @@ def run_case(case: Case, options: Options) -> Result:
         errors="replace",
         start_new_session=True,  # the whole group can be ended: compilers start processes too
     )
+    running = set() if running is None else running
+    running.add(process)
     try:
         output, log = process.communicate(timeout=options.timeout)
     except subprocess.TimeoutExpired:
         return _failed(case, "timeout", f"not done after {options.timeout:g} s")
     finally:
-        _end(process)
+        _kill(process)
+        running.discard(process)
     lines = output.strip().splitlines()
     if process.returncode == 0 and lines:
         return parse(lines[-1])
@@ -89,14 +95,11 @@ def run_case(case: Case, options: Options) -> Result:
     return _failed(case, "crash", last[:300])
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End what is left of the process and of those it started, and close its pipes."""
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End what is left of the process and of those that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdout, process.stderr):
-        if pipe is not None:
-            pipe.close()
 
 
 def parse(line: str) -> Result:

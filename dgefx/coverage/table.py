@@ -96,6 +96,7 @@ _COLUMNS = (
     "rightly refused",
     "left",
     "relative error",
+    "coarse moves",
     "one graph",
     "ratio",
     "counted",
@@ -124,6 +125,8 @@ def _cells(result: Result) -> list[str]:
     floor = result.floor is not None and result.gamma is not None and result.gamma > GAMMA
     notes = [result.note, _status(result)]
     notes.append(f"floor {result.floor:.2f}" if floor else "")
+    if result.moved is not None and not result.moved > 10 * TOLERANCE:
+        notes.append("its output hardly depends on the blocks: the error says little")
     if result.compile_difference is not None and not result.compile_difference <= TOLERANCE:
         notes.append(f"compiled differs by {result.compile_difference:.0e}")
     parameters = None if result.parameters is None else result.parameters / 1e6
@@ -134,6 +137,7 @@ def _cells(result: Result) -> list[str]:
         str(result.count("refused")) if attended else "",
         str(result.count("left")) if attended else "",
         _number(result.exact, ".0e") + (" WRONG" if result.wrong else ""),
+        _number(result.moved, ".0e"),
         {None: "", True: "yes", False: "no"}[result.compiled],
         _number(result.ratio, ".3f"),
         _number(result.counted, ".3f"),
@@ -251,9 +255,11 @@ converted of all attention blocks; rightly refused: attention that is not query-
 of its own residual stream (class, pooling, channel, cross attention, ...); left: blocks that could
 convert and do not, and softmaxes that the passes do not see. Relative error: of the whole model's
 output at the finest granularity (gamma 1), float32, on images it was not converted with;
-{tolerance:g} is asked for. One graph: `torch.compile(fullgraph=True, backend="{backend}")`. Ratio:
-MACs over the dense model's at gamma {gamma:g} (at the floor where the note names one), by
-`dgefx.report`; counted: the same by `FlopCounterMode`. Convert s: one call of `dgefx.convert`. A
+{tolerance:g} is asked for. Coarse moves: by how much coarse queries change that output at gamma
+{gamma:g}, so that an error of nothing is not one of an output that its blocks do not reach. One
+graph: `torch.compile(fullgraph=True, backend="{backend}")`. Ratio: MACs over the dense model's at
+gamma {gamma:g} (at the floor where the note names one), by `dgefx.report`; counted: the same by
+`FlopCounterMode`. Convert s: one call of `dgefx.convert`. A
 family marked (-) has no query-key attention over tokens; (incomplete): at least one block left."""
 
 

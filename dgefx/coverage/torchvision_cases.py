@@ -191,9 +191,15 @@ def _rows() -> tuple[_Row, ...]:
         ("swin_v2_small", "swin_v2", partial(_swin, 2), 112, short),
         ("maxvit_t", "maxvit", partial(_classifier, "maxvit_t"), 224, ""),
         ("maxvit_small", "maxvit", _maxvit, 112, "2 stages of 1 block"),
-        ("fcn_vit", "segmentation: FCN", partial(_segmenter, "fcn", "vit"), 112, short),
+        ("fcn_vit", "segmentation: FCN", partial(_segmenter, "fcn", "vit"), 112, "depth 2"),
         ("fcn_swin", "segmentation: FCN", partial(_segmenter, "fcn", "swin"), 224, short),
-        ("fcn_maxvit", "segmentation: FCN", partial(_segmenter, "fcn", "maxvit"), 112, short),
+        (
+            "fcn_maxvit",
+            "segmentation: FCN",
+            partial(_segmenter, "fcn", "maxvit"),
+            112,
+            "2 stages of 1 block",
+        ),
         (
             "deeplabv3_swin",
             "segmentation: DeepLabV3",
@@ -206,7 +212,7 @@ def _rows() -> tuple[_Row, ...]:
             "segmentation: DeepLabV3",
             partial(_segmenter, "deeplab", "vit"),
             112,
-            short,
+            "depth 2",
         ),
         (
             "fasterrcnn_swin_fpn",
