@@ -28,7 +28,7 @@ from dgefx.coverage.measure import (
     reachable,
     time_convert,
 )
-from dgefx.coverage.run import Options, parse, run_case, run_cases
+from dgefx.coverage.run import Options, kept, parse, run_case, run_cases
 from dgefx.coverage.softmaxes import softmax_modules, unseen
 from dgefx.coverage.table import families, grouped, markdown, summary
 from dgefx.coverage.verdict import rightly_refused
@@ -161,9 +161,11 @@ def test_randomise_leaves_no_constant() -> None:
         assert parameter.max() - parameter.min() > 1e-3
 
 
-@pytest.mark.parametrize(("floor", "gamma"), [(0.2, 0.5), (0.5, 0.5), (0.561, 0.57), (0.999, 1.0)])
+@pytest.mark.parametrize(
+    ("floor", "gamma"), [(0.2, 0.5), (0.5, 0.5), (0.561, 0.57), (0.9993, 0.9993), (1.0, 1.0)]
+)
 def test_reachable(floor: float, gamma: float) -> None:
-    assert reachable(floor) == gamma
+    assert reachable(floor) == gamma >= floor
 
 
 @pytest.mark.parametrize(
@@ -348,6 +350,13 @@ def test_a_process_that_crashes_is_a_row() -> None:
     assert result.name == "timm:no_such_model"
 
 
+def test_a_broken_progress_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text('{"name": 3}\n')
+    with pytest.raises(ValueError, match="line 1, is no result"):
+        kept(tmp_path / "lines", [])
+    assert kept(tmp_path / "absent", []) == {}
+
+
 def test_options() -> None:
     with pytest.raises(ValueError, match="jobs must be at least 1, found 0"):
         Options(jobs=0)
@@ -361,14 +370,23 @@ def test_json_round_trip() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["timm:test_vit", "--out", str(tmp_path)]) == 0
+    progress = tmp_path / "lines"
+    kept_before = row("timm:test_vit4", "old", [Block("b", "converted")], exact=1e-7)
+    progress.write_text(json.dumps(dataclasses.asdict(kept_before)) + "\n")
+    arguments = ["timm:test_vit", "timm:test_vit4", "--out", str(tmp_path)]
+    assert main([*arguments, "--progress", str(progress)]) == 0
+    assert [parse(line).name for line in progress.read_text().splitlines()] == [
+        "timm:test_vit4",
+        "timm:test_vit",
+    ]
     data = json.loads((tmp_path / "coverage.json").read_text())
-    (model,) = data["models"]
+    model, old = data["models"]
+    assert old == dataclasses.asdict(kept_before)  # not measured again
     assert model["name"] == "timm:test_vit" and model["status"] == "converted"
     assert model["exact"] <= 1e-5 and model["compiled"] is True
-    assert data["families"] == {"vision_transformer: global": True}
+    assert data["families"] == {"vision_transformer: global": True, "old": True}
     text = (tmp_path / "coverage.md").read_text()
-    assert "| test_vit |" in text and "1 of 1 families" in text
+    assert "| test_vit |" in text and "2 of 2 families" in text
     assert "timm:test_vit" in capsys.readouterr().out
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from dgefx.coverage.cases import select
 from dgefx.coverage.measure import Result
-from dgefx.coverage.run import Options, run_cases
+from dgefx.coverage.run import Options, kept, run_cases
 from dgefx.coverage.table import one_line, summary, write
 
 
@@ -43,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
         help="folder of coverage.md and coverage.json, or of coverage_base.* (default docs)",
     )
     made.add_argument(
+        "--progress",
+        type=Path,
+        help="keep each result in this file of JSON lines as it comes, and measure nothing again "
+        "that is in it: an interrupted run goes on",
+    )
+    made.add_argument(
         "--compile-backend",
         default="eager",
         help="of torch.compile(fullgraph=True): eager (default), aot_eager, inductor",
@@ -56,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = Options(asked.jobs, asked.timeout, asked.compile_backend, asked.base)
         cases = select(asked.names, base=asked.base, quick=asked.quick)
+        before = kept(asked.progress, cases) if asked.progress else {}
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,16 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def done(result: Result) -> None:
         print(one_line(result), flush=True)
+        if asked.progress:
+            with asked.progress.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
 
     # what ends this process has to end those that it started
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        results = run_cases(cases, options, done)
+        new = run_cases([case for case in cases if case.name not in before], options, done)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
+    found = before | {result.name: result for result in new}
+    results = [found[case.name] for case in cases]
     paths = write(results, asked.out, options)
     print("\n".join(summary(results)))
     print(f"written: {', '.join(str(path) for path in paths)}")

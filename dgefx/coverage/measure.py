@@ -202,8 +202,12 @@ def _counted(case: Case, softmaxes: list[str], blocks: list[str]) -> list[str]:
 
 
 def reachable(floor: float) -> float:
-    """The budget to ask for: 0.5, or the floor rounded up to two digits where that is higher."""
-    return max(GAMMA, min(1.0, math.ceil(floor * 100) / 100))
+    """The budget to ask for: 0.5, or the floor where that is higher, rounded up to two digits (to
+    four, where two would leave nothing to save)."""
+    if floor <= GAMMA:
+        return GAMMA
+    rounded = math.ceil(floor * 100) / 100
+    return rounded if rounded < 1 else min(1.0, math.ceil(floor * 10000) / 10000)
 
 
 def _at_budget(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -93,6 +94,25 @@ def run_case(
         name = signal.Signals(-process.returncode).name
         last = f"ended by {name} (out of memory ends in SIGKILL). {last}"
     return _failed(case, "crash", last[:300])
+
+
+def kept(path: Path, cases: Sequence[Case]) -> dict[str, Result]:
+    """Results of `cases` from a file of JSON lines, by name; none if there is no such file.
+
+    Raises:
+        ValueError: a line is no result.
+    """
+    if not path.exists():
+        return {}
+    names, found = {case.name for case in cases}, {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            result = parse(line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}, is no result: {error}") from error
+        if result.name in names:
+            found[result.name] = result
+    return found
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
