@@ -220,7 +220,7 @@ def test_families_and_summary() -> None:
     text = "\n".join(summary(results()))
     assert "timm: 2 of 5 families" in text and "(40.0%)" in text and "2 families have none" in text
     assert "blocks: 10 converted, 2 rightly refused, 3 that could convert" in text
-    assert "5 converted, 4 exact to 1e-05, 1 wrong" in text
+    assert "5 converted, 5 compared: 4 exact to 1e-05, 1 wrong" in text
     assert "fullgraph=True): 1 of 2" in text
     assert "median 3.0 s, longest 4.0 s" in text
     assert "not measured: timm:g" in text

@@ -247,9 +247,10 @@ def _compile(model: nn.Module, example: Any, backend: str) -> tuple[bool, str, f
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an error, shortened to fit a table."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    """Type and first line of an error (and Dynamo's explanation), shortened to fit a table."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    said = [*lines[:1], *(line for line in lines[1:] if line.startswith("Explanation: "))]
+    text = f"{type(error).__name__}: {'. '.join(said)}"
     return text if len(text) <= 300 else text[:297] + "..."
 
 

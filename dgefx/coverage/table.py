@@ -61,8 +61,9 @@ def summary(results: Sequence[Result]) -> list[str]:
         f"{counts['left']} that could convert and do not"
     )
     exact = [r for r in results if r.exact is not None]
+    converted = sum(r.status == "converted" for r in results)
     lines.append(
-        f"models: {len(results)}; {len(exact)} converted, "
+        f"models: {len(results)}; {converted} converted, {len(exact)} compared: "
         f"{sum(not r.wrong for r in exact)} exact to {TOLERANCE:g}, "
         f"{sum(r.wrong for r in exact)} wrong"
     )
@@ -212,11 +213,13 @@ def _refusals(result: Result) -> list[str]:
 
 
 def _reasons(results: Sequence[Result]) -> list[str]:
-    lines = ["", "## Blocks that stay dense, and why", ""]
+    lines: list[str] = []
     for result in results:
         refusals = _refusals(result)
         if refusals:
             lines += [f"- {result.name}", *refusals]
+    if lines:
+        lines = ["", "## Blocks that stay dense, and why", "", *lines]
     failures = [r for r in results if r.compile_error]
     if failures:
         lines += ["", "## Not one graph", ""]
@@ -250,7 +253,8 @@ def markdown(results: Sequence[Result], options: Options) -> str:
 
 
 _LEGEND = """\
-Models are made without pretrained weights; constant parameters are drawn at random first. Columns:
+Models are made without pretrained weights: linear weights are drawn so that layers keep the size of
+what they are given, constant parameters at random. Columns:
 converted of all attention blocks; rightly refused: attention that is not query-key over the tokens
 of its own residual stream (class, pooling, channel, cross attention, ...); left: blocks that could
 convert and do not, and softmaxes that the passes do not see. Relative error: of the whole model's
