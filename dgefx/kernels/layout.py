@@ -1,17 +1,38 @@
 """Between a block's own layout and the (B, tokens, C) that the kernels work on.
 
 Queries have no grid: in a 4-D layout they stand as a grid of (queries, 1).
+
+An order names the axes of a stream: BNC, NBC, BCN, BHWC or BCHW, where B are images, N tokens. A
+number stands for an axis of parts of an image that do not see each other in the block and count as
+images (nested windows): B16NC.
 """
 
 from __future__ import annotations
+
+import re
 
 from torch import Tensor
 
 from dgefx.kernels.routing import Routing
 
 
+def axis_of(order: str, letter: str) -> int:
+    """The axis that a letter of an order names."""
+    return re.findall(r"[A-Z]|\d+", order).index(letter)
+
+
+def has_parts(order: str) -> bool:
+    """Whether an order has an axis of parts that count as images."""
+    return order[1:-2].isdigit()
+
+
+def parts_of(order: str) -> int:
+    """Parts of an image that count as images."""
+    return int(order[1:-2]) if has_parts(order) else 1
+
+
 def to_tokens(stream: Tensor, order: str) -> Tensor:
-    """(B, tokens, C) of a stream laid out as `order` (BNC, NBC, BCN, BHWC or BCHW)."""
+    """(B, tokens, C) of a stream laid out as `order`; parts count as images."""
     if order == "BHWC":
         return stream.flatten(1, 2)
     if order == "BCHW":
@@ -20,6 +41,8 @@ def to_tokens(stream: Tensor, order: str) -> Tensor:
         return stream.transpose(0, 1)
     if order == "BCN":
         return stream.transpose(1, 2)
+    if has_parts(order):
+        return stream.flatten(0, 1)
     return stream
 
 
@@ -33,6 +56,8 @@ def from_tokens(tokens: Tensor, order: str, grid: tuple[int, int]) -> Tensor:
         return tokens.transpose(0, 1)
     if order == "BCN":
         return tokens.transpose(1, 2)
+    if has_parts(order):
+        return tokens.unflatten(0, (-1, parts_of(order)))
     return tokens
 
 

@@ -22,6 +22,7 @@ from dgefx.kernels.constants import gather_constant
 from dgefx.kernels.island import pool_flat, pool_value, unpool_flat, unpool_value
 from dgefx.kernels.layout import (
     from_tokens,
+    has_parts,
     queries_as_stream,
     query_count,
     to_tokens,
@@ -196,6 +197,7 @@ class Splitter:
             ("tokens", (2,), 0, 3): "BCN",
             ("grid", (1, 2), 0, 4): "BHWC",
             ("grid", (2, 3), 0, 4): "BCHW",
+            ("tokens", (2,), 1, 4): self.layout.order,  # with parts that count as images
         }
         order = orders.get((form.kind, form.axes, form.batch, rank))
         if order is not None and form.prefix == (self.layout.prefix > 0):
@@ -270,9 +272,8 @@ class Splitter:
             count = self.graph.call_method("size", (self.tokens, 1))
             left_out = 0 if form.prefix else self.layout.prefix
             return call(operator.sub, (count, left_out)) if left_out else count
-        if axis == form.batch:
-            return self.graph.call_method("size", (self.tokens, 0))
-        return self.trace.values[node]
+        plain = axis == form.batch and not has_parts(self.layout.order)
+        return self.graph.call_method("size", (self.tokens, 0)) if plain else None
 
     def _emit_query(self, node: fx.Node) -> Any:
         for fused in self.fused:
@@ -416,7 +417,8 @@ class Splitter:
         projected, offset = self.projected[key]
         positions: tuple[int, ...] = ()
         if part.positions:  # windows and slots: one window of all queries, or as many as there are
-            positions = (1, -1) if is_query else (-1, *part.positions[1:])
+            lead = part.positions[0] if has_parts(self.layout.order) else 1
+            positions = (lead, -1) if is_query else (-1, *part.positions[1:])
             if len(part.positions) > 2:
                 raise Refused(f"{fused.linear.name}: tokens on {len(part.positions)} axes")
         return self.graph.call_function(

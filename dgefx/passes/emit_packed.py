@@ -52,7 +52,7 @@ class PackedSplitter(Splitter):
     @property
     def _images(self) -> int:
         value = self.trace.values[self.worlds.stream]
-        return int(value.shape[self.layout.order.index("B")])
+        return int(value.shape[self.layout.axis("B")])
 
     def _axis_size(self, form: Form, axis: int, size: Any, slots: bool) -> Any:
         if axis == form.batch and form.kind in ("tokens", "grid"):

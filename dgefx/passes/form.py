@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from dgefx.kernels.layout import has_parts
 from dgefx.kernels.window import WindowAxes
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import MOVEMENT
@@ -63,8 +64,9 @@ def stream_form(layout: Layout) -> Form:
     """The form of a block's stream."""
     order = layout.order
     if order in ("BHWC", "BCHW"):
-        return Form("grid", (order.index("H"), order.index("W")), False, 0)
-    return Form("tokens", (order.index("N"),), layout.prefix > 0, order.index("B"))
+        return Form("grid", (layout.axis("H"), layout.axis("W")), False, 0)
+    batch = 1 if has_parts(order) else layout.axis("B")
+    return Form("tokens", (layout.axis("N"),), layout.prefix > 0, batch)
 
 
 def size_inputs(trace: Trace, layout: Layout) -> tuple[fx.Node, fx.Node] | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dgefx.kernels.layout import has_parts
 from dgefx.passes.chance import WithoutChance
 from dgefx.passes.cores import map_sources
 from dgefx.passes.form import Form, Probe, stream_form
@@ -164,6 +165,8 @@ class FormFinder:
             return stream.view(stream.shape[0], -1, stream.shape[-1])
         if order == "BCHW":
             return stream.view(*stream.shape[:2], -1).transpose(1, 2)
+        if has_parts(order):
+            return stream.view(-1, *stream.shape[2:])
         return {
             "BNC": lambda s: s,
             "NBC": lambda s: s.transpose(0, 1),

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from dgefx.kernels.layout import axis_of, parts_of
 from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
 from dgefx.passes.token_numbers import (
     Numbers,
     fit,
     kept_plane,
     merged,
+    part_grid,
     rows_of,
     seed,
     sub_lattice,
@@ -46,7 +48,7 @@ _MIX_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm"})
 class Layout:
     """How a block's stream lays out (batch, tokens, channels).
 
-    order: axis letters, one of BNC, NBC, BCN, BHWC, BCHW.
+    order: of its axes, see `dgefx.kernels.layout`.
     grid: (H, W). prefix: tokens in front of the grid. source: module that laid the grid out, whose
         output tells H and W; None where patch merging did.
     """
@@ -64,10 +66,18 @@ class Layout:
         """The shape of a stream that has `shape` here, on another grid."""
         size = list(shape)
         if "N" in self.order:
-            size[self.order.index("N")] = self.prefix + grid[0] * grid[1]
+            size[self.axis("N")] = self.prefix + grid[0] * grid[1]
         else:
-            size[self.order.index("H")], size[self.order.index("W")] = grid
+            size[self.axis("H")], size[self.axis("W")] = grid
         return tuple(size)
+
+    def axis(self, letter: str) -> int:
+        """The axis of the stream that a letter of the order names."""
+        return axis_of(self.order, letter)
+
+    def images(self, shape: tuple[int, ...]) -> int:
+        """Images, or parts that count as images, in a stream of this shape."""
+        return shape[self.axis("B")] * parts_of(self.order)
 
 
 @dataclass(frozen=True)
@@ -209,6 +219,10 @@ class GridFinder:
         if numbers is None:
             return "no spatial operation lays out its tokens (grid not found)"
         numbers = sub_lattice(numbers) or numbers
+        return self._whole_layout(numbers, stream)
+
+    @staticmethod
+    def _whole_layout(numbers: Numbers, stream: Node) -> Layout | str:
         ids, grid = numbers.ids, numbers.grid
         if ids.dim() == 4:
             return _grid_layout(ids, numbers)
@@ -217,6 +231,10 @@ class GridFinder:
                 f"the stream has {ids.dim()} axes; (B, N, C), (B, H, W, C) or (B, C, H, W) needed"
             )
         moving = [axis for axis in range(3) if varies(ids, axis)]
+        if moving == [0, 1]:  # parts of an image next to the images
+            grid_of_parts = part_grid(ids[..., 0], numbers.grid)
+            if grid_of_parts is not None:
+                return Layout("BNC", grid_of_parts, 0)
         if len(moving) != 1:
             return "tokens do not lie along one axis of the stream"
         axis = moving[0]
@@ -257,6 +275,10 @@ def _grid_layout(ids: Tensor, numbers: Numbers) -> Layout | str:
         rows, columns = plane // numbers.grid[1], plane % numbers.grid[1]
         if _ascending(rows[:, 0], rows.T) and _ascending(columns[0], columns):
             return Layout(order, (plane.shape[0], plane.shape[1]), 0, numbers.source)
+    if moving in ([2], [1, 2]):
+        grid_of_parts = part_grid(ids[0, :, :, 0], numbers.grid)
+        if grid_of_parts is not None:
+            return Layout(f"B{ids.shape[1]}NC", grid_of_parts, 0)
     return "the stream's grid is not in raster order"
 
 

@@ -108,7 +108,7 @@ def plan_block(
     return BlockPlan(
         name=name,
         layout=layout,
-        channels=shape[{"BNC": 2, "NBC": 2, "BCN": 1, "BHWC": 3, "BCHW": 1}[layout.order]],
+        channels=shape[layout.axis("C")],
         spec=spec.without_example(),
         eval_code=GraphCode(evaluated.graph, name),
         train_code=GraphCode(trained.graph, f"{name} train"),

@@ -104,6 +104,29 @@ def without_axis(numbers: Numbers, axis: int) -> Numbers | None:
     return Numbers(ids, coarse.grid, None)
 
 
+def part_grid(lines: Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of every part, where each line of tokens is some rows and columns of `grid` in
+    raster order, as many of each in all lines.
+
+    Args:
+        lines: (parts, tokens) token numbers.
+    """
+    if lines.numel() == 0 or bool((lines < 0).any()):
+        return None
+    rows, columns = lines // grid[1], lines % grid[1]
+    across = int((rows == rows[:, :1]).sum(1).min())
+    if lines.shape[1] % across:
+        return None
+    shape = (-1, lines.shape[1] // across, across)
+    rows, columns = rows.view(shape), columns.view(shape)
+    ascends = bool(
+        (rows[:, 1:] > rows[:, :-1]).all() and (columns[..., 1:] > columns[..., :-1]).all()
+    )
+    regular = torch.equal(rows, rows[..., :1].expand_as(rows))
+    regular = regular and torch.equal(columns, columns[:, :1].expand_as(columns))
+    return (shape[1], across) if ascends and regular else None
+
+
 def sub_lattice(numbers: Numbers) -> Numbers | None:
     """Some rows and columns of a grid as a grid of their own (what strided slicing leaves); None
     where all tokens, or no full rows and columns, are there."""

@@ -127,9 +127,8 @@ def patch_constant_stream(
     space = layout.grid if space is None else space
     tables = level_tables(space, config.granularities[-1], config.region_side, torch.device("cpu"))
     patches = tables.patch_region.numel()
-    channel = {"BNC": 2, "NBC": 2, "BCN": 1, "BHWC": 3, "BCHW": 1}[layout.order]
-    images = like.shape[1 if layout.order == "NBC" else 0]
-    size = (images, patches + layout.prefix, like.shape[channel])
+    images = layout.images(tuple(like.shape))
+    size = (images, patches + layout.prefix, like.shape[layout.axis("C")])
     values = torch.randn(size, generator=generator)
     tokens = torch.cat(
         [values[:, : layout.prefix], values[:, layout.prefix :][:, tables.token_patch]], 1
@@ -204,7 +203,7 @@ def _verify_coarse(
     """Random granularities: equal on patch-constant input where nothing else is positional."""
     like = _stream(call, shape)
     stream = patch_constant_stream(plan.layout, config, like, generator, plan.space(config))
-    images = like.shape[1 if plan.layout.order == "NBC" else 0]
+    images = plan.layout.images(tuple(like.shape))
     levels = random_levels(converted, images, generator).to(like.device)
     router = converted.dge_router
     handle = router.register_forward_hook(
