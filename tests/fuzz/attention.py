@@ -131,11 +131,15 @@ class Attention(nn.Module):
         b, n, _ = x.shape
         return x.view(b, n, heads, self.head_dim).transpose(1, 2)
 
-    def _fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _plane(self, count: int, height: int, width: int) -> tuple[int, int]:
+        """What `count` tokens are laid out in for a 1 x 1 convolution."""
+        return (height, width) if count == height * width else (count, 1)
+
+    def _fused(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         b, n, c = x.shape
         kind, heads = self.spec.projection, self.heads
         if kind == "convolution":
-            y = self.qkv(x.transpose(1, 2).reshape(b, c, n, 1))
+            y = self.qkv(x.transpose(1, 2).reshape(b, c, *self._plane(n, height, width)))
             q, k, v = y.reshape(b, 3, heads, -1, n).transpose(-2, -1).unbind(1)
         elif kind == "fused_chunk":
             q, k, v = (self._heads_of(part, heads) for part in self.qkv(x).chunk(3, dim=-1))
@@ -179,9 +183,10 @@ class Attention(nn.Module):
             values = context
         fused = spec.projection.startswith("fused") or spec.projection == "convolution"
         if fused and asking is context and values is context:
-            return self._fused(asking)
+            return self._fused(asking, height, width)
         if fused:  # reads three parts of one projection, each of other tokens
-            return self._fused(asking)[0], self._fused(context)[1], self._fused(values)[2]
+            q = self._fused(asking, height, width)[0]
+            return q, self._fused(context, height, width)[1], self._fused(values, height, width)[2]
         q = self._heads_of(self.q(asking), self.heads)
         if spec.projection == "key_value":
             b, n, _ = context.shape
@@ -314,7 +319,8 @@ class Attention(nn.Module):
         if spec.gate:
             y = y * torch.sigmoid(self.gate(asking))
         if self.proj is not None:
-            y = self.proj(y.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+            plane = y.transpose(1, 2).reshape(b, h * d, *self._plane(n, height, width))
+            y = self.proj(plane).flatten(2).transpose(1, 2)
         else:
             y = self.out(y)
         return self.drop(y)

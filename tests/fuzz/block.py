@@ -184,12 +184,12 @@ class Block(nn.Module):
             x = self._join(x, update, 2)
         return x
 
-    def _size(self, x: Tensor, size: tuple[Any, ...], info: Any) -> tuple[int, int]:
+    def _size(self, x: Tensor, first: Any, second: Any, info: Any) -> tuple[int, int]:
         sizes = self.spec.block.sizes
         if sizes in ("ints", "keyword"):
-            return size[0], size[1]
+            return first, second
         if sizes == "pair":
-            return size[0]
+            return first
         if sizes == "dict":
             return info["size"]
         if self.spec.layout == "BHWC":
@@ -201,15 +201,16 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        *size: Any,
+        first: Any = None,
+        second: Any = None,
         info: Any = None,
         height: int = 0,
         width: int = 0,
         outside: Tensor | None = None,
     ) -> Any:
         if self.spec.block.sizes == "keyword":
-            size = (height, width)
-        h, w = self._size(x, size, info)
+            first, second = height, width
+        h, w = self._size(x, first, second, info)
         writing = self.spec.block.writing
         if writing == "guards":
             beside = self.spec.prefix + self.spec.suffix

@@ -25,7 +25,23 @@ class UnfoldEmbed(nn.Module):
         return y.transpose(1, 2).reshape(b, DIM, h // self.patch, w // self.patch)
 
 
+class CutEmbed(nn.Module):
+    """Patches cut out by views, then a linear layer."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch, self.linear = patch, nn.Linear(3 * patch * patch, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        p = self.patch
+        x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)
+        return self.linear(x.flatten(3)).permute(0, 3, 1, 2)
+
+
 def make_embed(spec: Spec) -> nn.Module:
+    if spec.embed == "cut":
+        return CutEmbed(spec.patch)
     if spec.embed == "unfold":
         return UnfoldEmbed(spec.patch)
     conv = nn.Conv2d(8 if spec.embed == "stem" else 3, DIM, spec.patch, stride=spec.patch)
@@ -64,6 +80,8 @@ class Model(nn.Module):
         self.outside = None
         if attention.bias == "outside":
             self.outside = nn.Parameter(torch.randn(attention.heads, tokens, tokens))
+        if attention.kind == "cross":
+            self.see = nn.Conv2d(3, DIM, 4, 4)
         self.blocks = nn.ModuleList(Block(spec, spec.grid, i) for i in range(spec.depth))
         self.second = None
         if spec.stage != "none":
@@ -92,10 +110,10 @@ class Model(nn.Module):
         return y[0] if spec.returns == "tuple" else y
 
     def _stage(
-        self, blocks: nn.ModuleList, x: Tensor, h: int, w: int, outside: Tensor | None
+        self, blocks: nn.ModuleList, x: Tensor, h: int, w: int, outside: Tensor | None, seen: Any
     ) -> Tensor:
         if self.spec.block.attention.kind == "cross":
-            outside = to_tokens(x, self.spec.layout)[:, :3] * 0.5
+            outside = seen
         for block in blocks:
             x = self._call(block, x, h, w, outside)
         return x
@@ -103,6 +121,9 @@ class Model(nn.Module):
     def forward_features(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Tokens (B, N, C) and the grid."""
         spec = self.spec
+        seen = None
+        if spec.block.attention.kind == "cross":
+            seen = self.see(x).flatten(2).transpose(1, 2)
         x = self.embed(x)
         if self.place is not None:
             x = x + self.place
@@ -115,7 +136,7 @@ class Model(nn.Module):
             parts = [*parts, self.tail_tokens.expand(b, -1, -1)]
         x = torch.cat(parts, 1) if len(parts) > 1 else x
         x = from_tokens(x, spec.layout, h, w).contiguous()
-        x = self._stage(self.blocks, x, h, w, self.outside)
+        x = self._stage(self.blocks, x, h, w, self.outside, seen)
         if self.second is not None:
             x = to_tokens(x, spec.layout)
             if spec.stage == "convolution":
@@ -127,7 +148,7 @@ class Model(nn.Module):
                 h, w = x.shape[1:3]
                 x = to_tokens(x, "BHWC")
             x = from_tokens(x, spec.layout, h, w).contiguous()
-            x = self._stage(self.second, x, h, w, self.outside_second)
+            x = self._stage(self.second, x, h, w, self.outside_second, seen)
         return self.norm(to_tokens(x, spec.layout)), h, w
 
     def forward(self, x: Tensor) -> Any:

@@ -91,8 +91,7 @@ class _Reference:
         if place in ("post_branch", "sandwich"):
             update = self._after(after, update)
         kept = 0.7 * x if self.spec.block.residual == "scaled" else x
-        x = kept + self._scaled(update, which)
-        return self._after(after, x) if place == "post" else x
+        return kept + self._scaled(update, which)
 
     def _writes(self, update: Tensor, prefix: int) -> Tensor:
         spec = self.spec
@@ -106,32 +105,39 @@ class _Reference:
             return torch.cat([first, update[..., 4:8], rest], -1)
         return update
 
+    def _mlp(self, y: Tensor, prefix: int) -> Tensor:
+        """The MLP's update of queries."""
+        assert self.block.mlp is not None
+        update: Tensor = self.block.mlp.inner(_norm(self.block.mlp, y, self.spec.layout), 0, 0)
+        return update if self.spec.block.mlp == "parallel" else self._writes(update, prefix)
+
     def run(self, x: Tensor, pool: Tensor, spread: Tensor) -> Tensor:
-        """x: (1, N, C) of one image. Its stream after the block, (1, N, C)."""
-        block, layout = self.block, self.spec.layout
+        """x: (1, N, C) of one image. Its stream after the block, (1, N, C).
+
+        A norm on the sum belongs to the stream: it works on every token, and what comes after it
+        pools afresh.
+        """
+        block, layout, spec = self.block, self.spec.layout, self.spec.block
         height, width = block.grid
         attention = block.attention.inner
         assert isinstance(attention, Attention)
-        if self.spec.block.writing == "cache" and self.spec.block.residual == "scaled":
-            inner = x * 0.9
-        else:
-            inner = x
+        inner = x * 0.9 if (spec.writing, spec.residual) == ("cache", "scaled") else x
         q = pool @ inner
         asking = _norm(block.attention, q, layout)
         context = _norm(block.attention, inner, layout)
         update = attention.run(asking, context, height, width, self.outside, None, pool)
-        if self.spec.block.mlp == "parallel":
-            assert block.mlp is not None
-            y = self._join(q, update + block.mlp.inner(_norm(block.mlp, q, layout), 0, 0), 1)
-        else:
-            y = self._join(q, update, 1)
-            if block.mlp is not None:
-                more = self._writes(block.mlp.inner(_norm(block.mlp, y, layout), 0, 0), 0)
-                if self.spec.block.writing == "rows" and layout == "BNC" and self.spec.prefix:
-                    more = block.mlp.inner(_norm(block.mlp, y, layout), 0, 0)
-                    more = self._writes(more, self.spec.prefix)
-                y = self._join(y, more, 2)
-        return x + spread @ (y - pool @ x)
+        if spec.mlp == "parallel":
+            update = update + self._mlp(q, self.spec.prefix)
+        post = spec.place == "post"
+        y = self._join(q, update, 1)
+        if post:
+            inner = self._after(block.after1, inner + spread @ (y - q))
+            y = q = pool @ inner
+        if spec.mlp not in ("none", "parallel"):
+            y = self._join(y, self._mlp(y, self.spec.prefix), 2)
+            if post:
+                return self._after(block.after2, inner + spread @ (y - q))
+        return inner if post else x + spread @ (y - pool @ x)
 
 
 def mixed(block: Block, outside: Tensor | None, stream: Tensor, cells: list[Tensor]) -> Tensor:

@@ -221,7 +221,7 @@ def specs(draw: Callable[..., Any]) -> Spec:
         draw(st.sampled_from([2, 3])),
         prefix,
         suffix,
-        draw(st.sampled_from(["conv", "unfold", "stem"])),
+        draw(st.sampled_from(["conv", "conv", "stem", "cut", "unfold"])),
         draw(st.booleans()),
         draw(st.sampled_from([1, 2, 3])),
         stage,
