@@ -75,14 +75,38 @@ class _Numbers:
     source: str | None
 
 
+def _plane(shape: tuple[int, ...]) -> Tensor:
+    """Numbers of a fresh (B, C, H, W) grid."""
+    height, width = shape[2:]
+    return torch.arange(height * width).view(1, 1, height, width).expand(shape)
+
+
 def _seed(node: Node) -> _Numbers | None:
     shape = node.meta["shape"]
     if len(shape) != 4:
         return None
-    height, width = shape[2:]
-    ids = torch.arange(height * width).view(1, 1, height, width).expand(shape)
     stack = node.meta["stack"]
-    return _Numbers(ids, (height, width), stack[-1] if stack else None)
+    return _Numbers(_plane(shape), (shape[2], shape[3]), stack[-1] if stack else None)
+
+
+def _patches(node: Node) -> _Numbers | None:
+    """The grid that F.unfold lays out along the last axis of (B, C * kernel, N)."""
+    height, width = node.all_input_nodes[0].meta["shape"][-2:]
+
+    def pair(position: int, name: str, default: int) -> tuple[int, int]:
+        value: Any = argument(node, position, name, default)
+        return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+    kernel, dilation = pair(1, "kernel_size", 1), pair(2, "dilation", 1)
+    padding, stride = pair(3, "padding", 0), pair(4, "stride", 1)
+    rows, columns = (
+        (size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate((height, width))
+    )
+    shape = node.meta["shape"]
+    if rows * columns != shape[2]:
+        return None
+    return _Numbers(torch.arange(shape[2]).view(1, 1, -1).expand(shape), (rows, columns), None)
 
 
 def _kept_plane(numbers: _Numbers, shape: tuple[int, ...]) -> _Numbers | None:
@@ -179,17 +203,23 @@ class GridFinder:
             return []
         name = op_name(node)
         if name not in _REARRANGE | TOKENWISE | _SPATIAL:
-            return []
+            return []  # also of F.unfold, which lays out a grid of its own
         if name in _SPATIAL or (name in TOKENWISE and name not in ELEMENTWISE_PAIRS):
             return node.all_input_nodes[:1]
         return list(node.all_input_nodes)
 
     def _combine(self, node: Node) -> _Numbers | None:
-        if not node.op.startswith("call_"):
-            return None
         name = op_name(node)
         shape = node.meta.get("shape")
+        if node.op == "placeholder" and shape and len(shape) == 4:
+            return _Numbers(_plane(shape), (shape[2], shape[3]), None)  # pixels
+        if not node.op.startswith("call_"):
+            return None
+        if name in ("unfold", "im2col") and shape and len(shape) == 3:
+            return _patches(node)
         if name in _SPATIAL and shape:
+            if node.all_input_nodes[0].op == "placeholder":
+                return _seed(node)
             before = next((self._found.get(n) for n in self._sources(node)), None)
             return (_kept_plane(before, shape) if before else None) or _seed(node)
         if name in _REARRANGE:

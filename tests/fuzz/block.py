@@ -1,4 +1,4 @@
-"""A block: norms, attention (in windows or not), MLP and residual adds, on a stream of any layout."""
+"""A block: norms, attention (in windows or not), MLP and residual adds, for any layout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.fuzz.parts import (
     make_norm,
     to_tokens,
 )
-from tests.fuzz.special import Special
 from tests.fuzz.spec import Spec, WindowSpec
+from tests.fuzz.special import Special
 
 
 class Branch(nn.Module):
@@ -29,9 +29,21 @@ class Branch(nn.Module):
         super().__init__()
         self.norm, self.inner, self.layout = norm, inner, layout
 
-    def forward(self, x: Tensor, height: int, width: int, *more: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, height: int, width: int, outside: Tensor | None = None) -> Tensor:
+        more = () if outside is None else (outside,)
         y = self.inner(to_tokens(self.norm(x), self.layout), height, width, *more)
         return from_tokens(y, self.layout, height, width)
+
+
+class Residual(nn.Module):
+    """A branch together with its shortcut."""
+
+    def __init__(self, branch: Branch) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor, height: int, width: int, *more: Tensor | None) -> Tensor:
+        return x + self.branch(x, height, width, *more)
 
 
 class Windows(nn.Module):
@@ -102,10 +114,15 @@ class Block(nn.Module):
         mlp = make_mlp(block.mlp, spec.prefix, spec.suffix)
         before = block.norm if block.place in ("pre", "sandwich") else "none"
         after = block.norm if block.place != "pre" else "none"
+        inside, outside = (before, "none") if block.norm_inside else ("none", before)
+        self.norm1, self.norm2 = make_norm(outside, spec.layout), make_norm(outside, spec.layout)
         self.mlp = None
         if mlp is not None:
-            self.mlp = Branch(mlp, make_norm(before, spec.layout), spec.layout)
+            self.mlp = Branch(mlp, make_norm(inside, spec.layout), spec.layout)
         self.after1, self.after2 = make_norm(after, spec.layout), make_norm(after, spec.layout)
+        self.wrapped = None
+        if block.residual == "module" and self.mlp is not None:
+            self.wrapped = nn.ModuleList([Residual(self.attention), Residual(self.mlp)])
         shape = (DIM, 1) if spec.layout == "BCN" else (DIM, 1, 1) if spec.channels_first else (DIM,)
         if block.scaling == "parameter":
             self.scale1 = nn.Parameter(torch.randn(shape))
@@ -124,8 +141,9 @@ class Block(nn.Module):
             tall, wide = block.window.size
             inner = make(block.attention, DIM, (tall, wide), 0, tall * wide)
             inner = Windows(block.window, inner, block.window.shift and index % 2 == 1)
-        before = block.norm if block.place in ("pre", "sandwich") else "none"
-        return Branch(inner, make_norm(before, spec.layout), spec.layout)
+        inside = block.norm_inside and block.place in ("pre", "sandwich")
+        norm = make_norm(block.norm if inside else "none", spec.layout)
+        return Branch(inner, norm, spec.layout)
 
     def _scaled(self, update: Tensor, which: int) -> Tensor:
         if self.spec.block.scaling != "none":
@@ -168,15 +186,18 @@ class Block(nn.Module):
         return update
 
     def _update(self, x: Tensor, height: int, width: int, outside: Tensor | None) -> Tensor:
-        block = self.spec.block
-        if block.mlp == "parallel" and self.mlp is not None:
-            update = self.attention(x, height, width, outside) + self.mlp(x, height, width)
+        if self.wrapped is not None:
+            attend, mlp = self.wrapped
+            return mlp(attend(x, height, width, outside), height, width)
+        if self.spec.block.mlp == "parallel" and self.mlp is not None:
+            y = self.norm1(x)
+            update = self.attention(y, height, width, outside) + self.mlp(y, height, width)
             return self._join(x, update, 1)
-        x = self._join(x, self.attention(x, height, width, outside), 1)
+        x = self._join(x, self.attention(self.norm1(x), height, width, outside), 1)
         if self.more is not None:
-            x = self._join(x, self.more(x, height, width, outside), 1)
+            x = self._join(x, self.more(self.norm1(x), height, width, outside), 1)
         if self.mlp is not None:
-            update = self._written(self.mlp(x, height, width))
+            update = self._written(self.mlp(self.norm2(x), height, width))
             if self.squeeze is not None:
                 layout = self.spec.layout
                 update = self.squeeze(to_tokens(update, layout))

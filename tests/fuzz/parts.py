@@ -149,7 +149,7 @@ class DepthwiseMLP(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         x = self.fc1(x)
-        b, n, c = x.shape
+        b, _, c = x.shape
         grid = x[:, self.prefix :].transpose(1, 2).view(b, c, height, width)
         grid = self.depthwise(grid).flatten(2).transpose(1, 2)
         x = torch.cat((x[:, : self.prefix], grid), dim=1) if self.prefix else grid

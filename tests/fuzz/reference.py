@@ -8,7 +8,7 @@ their attention.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.fuzz.attention import Attention
 from tests.fuzz.block import Block, Branch
@@ -24,6 +24,7 @@ def has_reference(spec: Spec) -> bool:
         attention.kind == "plain"
         and block.window is None
         and by_token
+        and block.residual != "module"
         and not (spec.suffix or attention.lepe or block.squeeze or block.twice)
         and block.mlp in ("plain", "gated", "none", "parallel")
         and (attention.bias == "none" or not attention.extra_key)
@@ -64,10 +65,10 @@ def random_cells(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
     return cells
 
 
-def _norm(branch: Branch, tokens: Tensor, layout: str) -> Tensor:
-    """The branch's norm on (1, Q, C), as a stream of one row."""
+def _norm(norm: nn.Module, branch: Branch, tokens: Tensor, layout: str) -> Tensor:
+    """The block's and the branch's norm on (1, Q, C), as a stream of one row."""
     count = tokens.shape[1]
-    y = branch.norm(from_tokens(tokens, layout, 1, count))
+    y = branch.norm(norm(from_tokens(tokens, layout, 1, count)))
     return to_tokens(y, layout)
 
 
@@ -75,7 +76,7 @@ class _Reference:
     def __init__(self, block: Block, outside: Tensor | None) -> None:
         self.block, self.spec, self.outside = block, block.spec, outside
 
-    def _after(self, module: torch.nn.Module, tokens: Tensor) -> Tensor:
+    def _after(self, module: nn.Module, tokens: Tensor) -> Tensor:
         layout, count = self.spec.layout, tokens.shape[1]
         return to_tokens(module(from_tokens(tokens, layout, 1, count)), layout)
 
@@ -108,8 +109,12 @@ class _Reference:
     def _mlp(self, y: Tensor, prefix: int) -> Tensor:
         """The MLP's update of queries."""
         assert self.block.mlp is not None
-        update: Tensor = self.block.mlp.inner(_norm(self.block.mlp, y, self.spec.layout), 0, 0)
-        return update if self.spec.block.mlp == "parallel" else self._writes(update, prefix)
+        parallel = self.spec.block.mlp == "parallel"
+        norm = self.block.norm1 if parallel else self.block.norm2
+        update: Tensor = self.block.mlp.inner(
+            _norm(norm, self.block.mlp, y, self.spec.layout), 0, 0
+        )
+        return update if parallel else self._writes(update, prefix)
 
     def run(self, x: Tensor, pool: Tensor, spread: Tensor) -> Tensor:
         """x: (1, N, C) of one image. Its stream after the block, (1, N, C).
@@ -123,8 +128,8 @@ class _Reference:
         assert isinstance(attention, Attention)
         inner = x * 0.9 if (spec.writing, spec.residual) == ("cache", "scaled") else x
         q = pool @ inner
-        asking = _norm(block.attention, q, layout)
-        context = _norm(block.attention, inner, layout)
+        asking = _norm(block.norm1, block.attention, q, layout)
+        context = _norm(block.norm1, block.attention, inner, layout)
         update = attention.run(asking, context, height, width, self.outside, None, pool)
         if spec.mlp == "parallel":
             update = update + self._mlp(q, self.spec.prefix)

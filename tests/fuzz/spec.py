@@ -121,8 +121,11 @@ def _rarely() -> st.SearchStrategy[bool]:
 
 
 @st.composite
-def attentions(draw: Callable[..., Any], windowed: bool, token_grid: bool) -> AttentionSpec:
-    """Args: windowed: inside windows. token_grid: no tokens beside the grid."""
+def attentions(
+    draw: Callable[..., Any], windowed: bool, token_grid: bool, suffix: bool
+) -> AttentionSpec:
+    """Args: windowed: inside windows. token_grid: no tokens beside the grid. suffix: tokens after
+    the grid."""
     kinds = st.sampled_from(["plain"] * 36 + ["mha"] * 3 + ["mha_sequence"] * 3 + list(SPECIAL[2:]))
     kind = "plain" if windowed and draw(st.integers(0, 9)) else draw(kinds)
     if windowed and kind not in ("plain", "mha", "channel"):
@@ -131,7 +134,7 @@ def attentions(draw: Callable[..., Any], windowed: bool, token_grid: bool) -> At
     if kind != "plain":
         return AttentionSpec(kind, heads, dropout=draw(_mostly(0.0, 0.1)))
     reduction = "none"
-    if not windowed:
+    if not windowed and not suffix:
         reduction = draw(_mostly("none", "conv", "average", "adaptive", weight=2))
     whole = not windowed and reduction == "none"
     biases = ["param", "gathered"] + (["outside", "coordinates"] if whole else [])
@@ -146,10 +149,17 @@ def attentions(draw: Callable[..., Any], windowed: bool, token_grid: bool) -> At
         heads=heads,
         projection=draw(
             _mostly(
-                "fused_permute", "fused_chunk", "fused_split", "fused_heads", "separate",
-                "key_value", "multi_query", "grouped_query", "convolution",
+                "fused_permute",
+                "fused_chunk",
+                "fused_split",
+                "fused_heads",
+                "separate",
+                "key_value",
+                "multi_query",
+                "grouped_query",
+                "convolution",
             )
-        ),  # fmt: skip
+        ),
         core=core,
         scale=draw(st.sampled_from(["scores", "q", "k", "temperature", "cosine"])),
         float32=written_out and draw(_rarely()),
@@ -170,7 +180,7 @@ def attentions(draw: Callable[..., Any], windowed: bool, token_grid: bool) -> At
 
 
 @st.composite
-def blocks(draw: Callable[..., Any], layout: str, token_grid: bool) -> BlockSpec:
+def blocks(draw: Callable[..., Any], layout: str, token_grid: bool, suffix: bool) -> BlockSpec:
     window = None
     if token_grid and layout in ("BNC", "BHWC", "BCHW") and draw(st.integers(0, 2)) == 2:
         size = draw(st.tuples(st.integers(2, 5), st.integers(2, 5)))
@@ -181,7 +191,7 @@ def blocks(draw: Callable[..., Any], layout: str, token_grid: bool) -> BlockSpec
     norms = ["channel", "group", "batch"] if first else ["rms", "rms_written", "batch"]
     mlps = ["gated", "none", "parallel", "depthwise3", "depthwise5", "convolution"]
     return BlockSpec(
-        attention=draw(attentions(window is not None, token_grid)),
+        attention=draw(attentions(window is not None, token_grid, suffix)),
         window=window,
         norm=draw(_mostly("layer", *norms, "none")),
         place=draw(_mostly("pre", "post", "post_branch", "sandwich")),
@@ -191,7 +201,7 @@ def blocks(draw: Callable[..., Any], layout: str, token_grid: bool) -> BlockSpec
         drop_path=draw(_mostly(0.0, 0.1)),
         squeeze=draw(_rarely()),
         twice=window is None and draw(_rarely()),
-        residual=draw(_mostly("plus", "iadd", "torch_add", "add_", "scaled", "reversed")),
+        residual=draw(_mostly("plus", "iadd", "torch_add", "add_", "scaled", "reversed", "module")),
         returns=draw(_mostly("tensor", "tuple")),
         sizes=draw(_mostly("own", "ints", "pair", "dict", "keyword")),
         writing=draw(_mostly("none", "rows", "channels", "guards", "cache", weight=2)),
@@ -211,7 +221,7 @@ def specs(draw: Callable[..., Any]) -> Spec:
     suffix = draw(st.sampled_from([0] * 11 + [1, 2])) if in_tokens else 0
     token_grid = not prefix and not suffix
     stage = draw(_mostly("none", "convolution", "merging", weight=2)) if token_grid else "none"
-    block = draw(blocks(layout, token_grid))
+    block = draw(blocks(layout, token_grid, suffix > 0))
     side = st.integers(3, 11)
     grid = (draw(side), draw(side))
     heads = ["mean", "map", "dict"] + (["class"] if prefix else [])
