@@ -58,6 +58,10 @@ def sweep(
             if type(error).__name__ != "Wrong":
                 print("    " + "".join(traceback.format_tb(error.__traceback__)[-2:]), flush=True)
 
+        done = len(outcomes) + len(failures)
+        if done % 20 == 0:
+            print(f"{done}: {sum(bool(o.converted) for _, o in outcomes)} converted", flush=True)
+
     run()
     return outcomes, failures
 
