@@ -221,7 +221,7 @@ class Attention(nn.Module):
             return torch.matmul(weights, v)
         if core == "bmm":
             b, h, n, m = weights.shape
-            y = torch.bmm(weights.reshape(b * h, n, m), v.reshape(b * h, m, -1))
+            y = torch.bmm(weights.reshape(b * h, n, m), v.reshape(b * h, -1, v.shape[-1]))
             return y.view(b, h, n, -1)
         if core == "einsum_ij":
             return torch.einsum("bhij,bhjd->bhid", weights, v)
