@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.__main__ import summary, sweep
 from tests.fuzz.check import check
@@ -15,6 +15,7 @@ from tests.fuzz.spec import Spec, specs
     derandomize=True,
     deadline=None,
     database=None,
+    phases=[Phase.generate],  # shrinking takes minutes: python -m tests.fuzz.shrink "Spec(...)"
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(specs())
