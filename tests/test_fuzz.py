@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.__main__ import summary, sweep
 from tests.fuzz.check import check
-from tests.fuzz.spec import Spec, specs
+from tests.fuzz.spec import AttentionSpec, BlockSpec, Spec, WindowSpec, specs
 
 
 @settings(
@@ -21,6 +21,33 @@ from tests.fuzz.spec import Spec, specs
 @given(specs())
 def test_a_few(spec: Spec) -> None:
     check(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        # writes its update into its input
+        Spec(block=BlockSpec(residual="add_")),
+        # a norm's cast returns the stream itself
+        Spec(block=BlockSpec(norm="rms_written")),
+        Spec(block=BlockSpec(twice=True, residual="scaled", mlp="none")),
+        Spec(embed="unfold"),
+        Spec(embed="cut"),
+        # a grid too small for a plan with every level
+        Spec(
+            grid=(3, 3),
+            depth=3,
+            block=BlockSpec(AttentionSpec(core="at", heads=1), WindowSpec(size=(5, 5)), mlp="none"),
+        ),
+        Spec(block=BlockSpec(AttentionSpec(core="einsum_dots"), WindowSpec())),
+        # reads the size of its queries: not to be projected for that alone
+        Spec(block=BlockSpec(AttentionSpec(core="bmm"))),
+    ],
+    ids=repr,
+)
+def test_found_before(spec: Spec) -> None:
+    outcome = check(spec)
+    assert outcome.converted and not outcome.reasons
 
 
 @pytest.mark.slow

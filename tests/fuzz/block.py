@@ -42,8 +42,8 @@ class Residual(nn.Module):
         super().__init__()
         self.branch = branch
 
-    def forward(self, x: Tensor, height: int, width: int, *more: Tensor | None) -> Tensor:
-        return x + self.branch(x, height, width, *more)
+    def forward(self, x: Tensor, height: int, width: int, outside: Tensor | None = None) -> Tensor:
+        return x + self.branch(x, height, width, outside)
 
 
 class Windows(nn.Module):
