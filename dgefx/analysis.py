@@ -183,6 +183,7 @@ def analyse(
         plans = _plan_sites(work, sites, call, config, must_convert)
         macs_dense = count_macs(work, *call)
         costs = _price(work, plans, sites, call, config.bounded())
+        _drop_without_gain(sites, plans, costs, must_convert)
         silent = _install_and_verify(work, plans, call, output, config.bounded())
     for name in silent:
         plans[name] = dataclasses.replace(plans[name], hook_source=None)
@@ -225,10 +226,31 @@ def _plan_sites(
             site.reason = f"{type(error).__name__}: {error}"
             continue
         plans[site.name] = plan
+    _require_plans(sites, plans, must_convert)
+    return plans
+
+
+def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:
     if not plans and must_convert:
         looked = "\n".join(f"  {site.name or '(root)'}: {site.reason}" for site in sites)
         raise ValueError(f"no attention block could be converted; looked at\n{looked}")
-    return plans
+
+
+def _drop_without_gain(
+    sites: list[Site],
+    plans: dict[str, BlockPlan],
+    costs: dict[str, BlockCost],
+    must_convert: bool,
+) -> None:
+    """Blocks that cost as much as the dense one even at their coarsest stay dense."""
+    for site in sites:
+        cost = costs.get(site.name)
+        if cost is None or cost.macs(cost.plans[0]) < cost.dense:
+            continue
+        share = cost.macs(cost.plans[0]) / max(cost.dense, 1)
+        site.reason = f"nothing to save: even at its coarsest it costs {share:.2f} of the dense one"
+        del plans[site.name], costs[site.name]
+    _require_plans(sites, plans, must_convert)
 
 
 def _price(

@@ -58,7 +58,8 @@ def block_cost(dense: nn.Module, converted: DGEBlock, call: Call, config: DGECon
 
     coarsest, finest = counted(low), 0
     price, slots = 0.0, {}
-    mixed = [plan for plan in choices if all(plan.capacities)]
+    # a small grid may have no plan with every level
+    mixed = [plan for plan in choices if all(plan.capacities)] or choices[1:-1]
     if router.windows is not None and mixed:
         uses = itertools.product((False, True), repeat=config.levels)
         slots = {use: router.attention_slots(Plan(tuple(map(int, use)))) for use in uses}

@@ -582,6 +582,8 @@ class Splitter:
     def _pooled_einsum(self, node: fx.Node, args: Any) -> Any:
         """An einsum of tokens with tables that have an entry per slot row, slot column or slot."""
         equation, tokens, tables = einsum_tables(node, self.worlds, self.forms)
+        if not tables:
+            return args
         terms, result = equation.split("->")
         labels = terms.split(",")
         form = self.forms[tokens]

@@ -28,6 +28,7 @@ from dgefx.passes.token_numbers import (
     rows_of,
     seed,
     sub_lattice,
+    unfolded,
     varies,
     without_axis,
 )
@@ -131,7 +132,11 @@ class GridFinder:
         shape = node.meta.get("shape")
         if name in _ROWS | _REDUCES:
             return self._fewer(node, name, shape)
+        if name in ("unfold", "im2col") and shape and len(shape) == 3:
+            return unfolded(node)
         if name in _SPATIAL and shape:
+            if node.all_input_nodes[0].op == "placeholder":
+                return _seed(node)
             before = next((self._found.get(n) for n in self._sources(node)), None)
             return (kept_plane(before, shape) if before else None) or seed(node)
         if name in _REARRANGE:

@@ -24,8 +24,11 @@ from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
 
 _SINK = "sink"
 
+#: leaves every element what it is; a cast to the type that a tensor has returns that tensor, so
+#: that what a norm casts (`x.float()`) may be what is added to later
+_SAME = MOVEMENT | {"dropout", "to", "float", "type"}
 #: what a stream may go through before it is added to: it stays the stream, scaled
-_SCALING = MOVEMENT | {"mul", "div", "dropout"}
+_SCALING = _SAME | {"mul", "div"}
 #: lets tokens see each other; a path through it is the update, not the stream
 _ATTENDS = frozenset(
     {"matmul", "einsum", "softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -187,7 +190,7 @@ def _boundary(graph: Graph, module: str) -> tuple[set[Node], set[Node]]:
 
 def skips_to(output: Node, streams: Container[Node]) -> Node | None:
     """The nearest of `streams` that `output` is, plus something: reachable backwards by adds, data
-    movement and dropout alone."""
+    movement, casts, scaling and dropout alone."""
     front, seen = [output], {output}
     while front:
         node = front.pop(0)
@@ -196,8 +199,10 @@ def skips_to(output: Node, streams: Container[Node]) -> Node | None:
         if not node.op.startswith("call_"):
             continue
         name = op_name(node)
-        if name == "add" or name in MOVEMENT or name == "dropout":
-            fresh = [n for n in node.all_input_nodes if n not in seen]
+        sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        scaled = name in ("mul", "div") and len(sources) == 1
+        if name == "add" or name in _SAME or scaled:
+            fresh = [n for n in sources if n not in seen]
             seen.update(fresh)
             front.extend(fresh)
     return None

@@ -214,6 +214,19 @@ def _world_parts(
     As far along the data movement as every reader can still be told its rows.
     """
 
+    def held_here(node: fx.Node, deeper: dict[fx.Node, Part]) -> dict[fx.Node, Part] | None:
+        """`node` itself where its size is read: it would be projected for that alone. Not if it
+        has more rows than what is read through it."""
+        sizes = (int, torch.Size)
+        if not any(u in world and isinstance(trace.values.get(u), sizes) for u in node.users):
+            return None
+        part = follower.part(node)
+        start = min((p.start for p in deeper.values()), default=0)
+        stop = max((p.stop for p in deeper.values()), default=0)
+        if part is None or not part.keeps_features_last or (part.start, part.stop) != (start, stop):
+            return None
+        return {node: part}
+
     def resolve(node: fx.Node) -> dict[fx.Node, Part] | None:
         readers = [
             user
@@ -227,7 +240,7 @@ def _world_parts(
             if all(found is not None for found in deeper):
                 parts = {n: part for found in deeper if found for n, part in found.items()}
                 if all(part.keeps_features_last for part in parts.values()):
-                    return parts
+                    return held_here(node, parts) or parts
         part = follower.part(node)
         return None if part is None else {node: part}
 

@@ -95,7 +95,10 @@ def plan_block(
     """
     if "forward" in vars(block):
         raise Refused("its forward is patched on the instance")
-    spec = CallSpec.of(block, *call)
+    try:
+        spec = CallSpec.of(block, *call)
+    except ValueError as error:
+        raise Refused(str(error)) from error
     evaluated = _split(block, spec, layout, shape, packs, training=False)
     trained = _split(block, spec, layout, shape, packs, training=True)
     if evaluated.windows != trained.windows:

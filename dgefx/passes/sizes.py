@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -39,16 +40,20 @@ def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int
     return moved
 
 
+def _copied(arguments: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments)
+
+
 def _agrees(
     dense: nn.Module, plan: BlockPlan, call: Call, config: DGEConfig, grid: tuple[int, int]
 ) -> bool | None:
     """Whether both blocks yield the same; None where the dense one does not take the grid."""
     args, kwargs = call
-    # copies: a block may note down the size that it saw
+    # copies: a block may note down the size that it saw, and write its update into its input
     reference, other = copy.deepcopy(dense).eval(), copy.deepcopy(dense).eval()
     with torch.no_grad():
         try:
-            wanted = reference(*args, **kwargs)
+            wanted = reference(*_copied(args), **_copied(kwargs))
         except Exception:  # user code may raise anything
             return None
         shape = GridShape(grid) if plan.needs_grid_shape else None

@@ -43,7 +43,8 @@ def split(trace: Trace, stream: fx.Node, layout: Layout, packs: bool = False) ->
         _refuse_masks(core)
         form = forms.get(core.output)
         if core.kind == "multi_head_attention_forward":
-            if form is not None and form.kind == "window" and finder.windowed:
+            asks = forms.get(core.query)  # its output is a tuple and has no form
+            if asks is not None and asks.kind in ("window", "moving") and finder.windowed:
                 raise Refused("nn.MultiheadAttention inside windows")
         elif form is not None and form.kind == "dense":
             raise Refused("its queries are tokens of another grid, which its query path lays out")

@@ -8,10 +8,13 @@ attention gives tokens where its queries are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+
+from dgefx.passes.ops import argument
 
 
 @dataclass
@@ -33,6 +36,26 @@ def seed(node: Node) -> Numbers | None:
     ids = torch.arange(height * width).view(1, 1, height, width).expand(shape)
     stack = node.meta["stack"]
     return Numbers(ids, (height, width), stack[-1] if stack else None)
+
+
+def unfolded(node: Node) -> Numbers | None:
+    """The grid that F.unfold lays out along the last axis of (B, C * kernel, N)."""
+    height, width = node.all_input_nodes[0].meta["shape"][-2:]
+
+    def pair(position: int, name: str, default: int) -> tuple[int, int]:
+        value: Any = argument(node, position, name, default)
+        return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+    kernel, dilation = pair(1, "kernel_size", 1), pair(2, "dilation", 1)
+    padding, stride = pair(3, "padding", 0), pair(4, "stride", 1)
+    rows, columns = (
+        (size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate((height, width))
+    )
+    shape = node.meta["shape"]
+    if rows * columns != shape[2]:
+        return None
+    return Numbers(torch.arange(shape[2]).view(1, 1, -1).expand(shape), (rows, columns), None)
 
 
 def kept_plane(numbers: Numbers, shape: tuple[int, ...]) -> Numbers | None:

@@ -65,7 +65,8 @@ def _run(
     module: nn.Module, call: Call, chance: TorchFunctionMode | None = None, seed: int = 0
 ) -> Tensor:
     torch.manual_seed(seed)
-    args, kwargs = call
+    # copies: a block may write its update into its input
+    args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, call)
     with contextlib.nullcontext() if chance is None else chance:
         return output_tensors(module(*args, **kwargs))[0]
 

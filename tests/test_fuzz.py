@@ -1,0 +1,63 @@
+"""Acceptance: random transformers convert exactly or are refused with a reason; none is wrong."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.fuzz.__main__ import summary, sweep
+from tests.fuzz.check import check
+from tests.fuzz.spec import AttentionSpec, BlockSpec, Spec, WindowSpec, specs
+
+
+@settings(
+    max_examples=30,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],  # shrinking takes minutes: python -m tests.fuzz.shrink "Spec(...)"
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(specs())
+def test_a_few(spec: Spec) -> None:
+    check(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        # writes its update into its input
+        Spec(block=BlockSpec(residual="add_")),
+        # a norm's cast returns the stream itself
+        Spec(block=BlockSpec(norm="rms_written")),
+        Spec(block=BlockSpec(twice=True, residual="scaled", mlp="none")),
+        Spec(embed="unfold"),
+        Spec(embed="cut"),
+        # a grid too small for a plan with every level
+        Spec(
+            grid=(3, 3),
+            depth=3,
+            block=BlockSpec(AttentionSpec(core="at", heads=1), WindowSpec(size=(5, 5)), mlp="none"),
+        ),
+        Spec(block=BlockSpec(AttentionSpec(core="einsum_dots"), WindowSpec())),
+        # reads the size of its queries: not to be projected for that alone
+        Spec(block=BlockSpec(AttentionSpec(core="bmm"))),
+    ],
+    ids=repr,
+)
+def test_found_before(spec: Spec) -> None:
+    outcome = check(spec)
+    assert outcome.converted and not outcome.reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_many(seed: int) -> None:
+    """With -s: how many converted, and the reasons of the others."""
+    outcomes, failures = sweep(120, seed)
+    print(summary(outcomes, failures))
+    assert len(outcomes) + len(failures) == 120
+    assert not failures, "\n".join(f"{spec!r}: {message}" for spec, message in failures)
+    converted = [outcome for _, outcome in outcomes if outcome.converted]
+    assert len(converted) > 60, "the random transformers hardly test conversion any more"
+    assert sum(outcome.mixed for outcome in converted) > 20
