@@ -136,7 +136,7 @@ class GridFinder:
             return unfolded(node)
         if name in _SPATIAL and shape:
             if node.all_input_nodes[0].op == "placeholder":
-                return _seed(node)
+                return seed(node)
             before = next((self._found.get(n) for n in self._sources(node)), None)
             return (kept_plane(before, shape) if before else None) or seed(node)
         if name in _REARRANGE:
