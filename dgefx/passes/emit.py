@@ -170,6 +170,8 @@ class Splitter:
         self.query[self.worlds.stream] = call(queries_as_stream, (self.queries, order))
         #: what updates add up on: the stream, or the main path's last value that replaced it
         self.base = (self.tokens, self.queries)
+        if self.layout.update:
+            self.base = tuple(call(torch.zeros_like, (value,)) for value in self.base)
         self.windows = call(getattr, (self.routing, "windows"))
 
     def _grid(self, stream: fx.Node) -> Any:

@@ -51,13 +51,15 @@ class Layout:
 
     order: of its axes, see `dgefx.kernels.layout`.
     grid: (H, W). prefix: tokens in front of the grid. source: module that laid the grid out, whose
-        output tells H and W; None where patch merging did.
+        output tells H and W; None where patch merging did. update: whether the block hands out what
+        is to be added to the stream, not the stream updated.
     """
 
     order: str
     grid: tuple[int, int]
     prefix: int
     source: str | None = None
+    update: bool = False
 
     @property
     def tokens(self) -> int:

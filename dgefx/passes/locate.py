@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch.fx import Graph, Node
@@ -265,6 +265,29 @@ def _owner(
     return "no module takes the residual stream and returns it updated"
 
 
+def _update_owner(
+    graph: Graph, core: Core, residuals: _Residuals, capture: Capture, finder: GridFinder
+) -> tuple[str, Node] | None:
+    """(innermost module that takes tokens and gives back their update, its input).
+
+    For an attention whose residual add is in no module of its own: next to another branch, or in a
+    module that goes on to other shapes. Everything around the attention stays dense then.
+    """
+    for module in reversed(core.output.meta["stack"]):
+        entering, leaving = _boundary(graph, module)
+        if not module or capture.frames.get(module, 0) != 1 or len(leaving) != 1:
+            continue
+        (output,) = leaving
+        for entry in entering:
+            same = entry.op != "get_attr" and entry.meta["shape"] == output.meta.get("shape")
+            parts = (core.query, core.key, core.value)
+            if same and all(residuals.descends(part, entry) for part in parts):
+                asked, held = finder.held(core.query), finder.held(entry)
+                if asked is not None and held is not None and asked.count == held.count:
+                    return module, entry
+    return None
+
+
 def _query_count(core: Core, layout: Layout, batch: int) -> int:
     """Queries per image by the shape of the queries alone: all windows of all sizes together."""
     query = core.query.meta["shape"]
@@ -329,21 +352,24 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         if isinstance(residual, str):
             site.reason = residual
             continue
-        owner = _owner(graph, core, residual, capture)
+        owner, is_update = _owner(graph, core, residual, capture), False
         if isinstance(owner, str):
             # what it asks with says more than what its module does
             layout = finder.layout(residual.stream)
             asks = isinstance(layout, Layout) and _query_reason(
                 core, residual.stream, layout, finder, batch
             )
-            site.reason = site.reason or asks or owner
-            continue
+            found = None if asks else _update_owner(graph, core, residuals, capture, finder)
+            if found is None:
+                site.reason = asks or owner
+                continue
+            owner, is_update = found, True
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
         if isinstance(layout, str):
             site.reason = site.reason or layout
             continue
-        site.layout = layout
+        site.layout = replace(layout, update=is_update)
         site.reason = site.reason or _query_reason(core, site.stream, layout, finder, batch)
         if site.reason is None and layout.grid[0] * layout.grid[1] < 4:
             site.reason = f"a grid of {layout.grid[0]} x {layout.grid[1]} has nothing to pool"
@@ -394,6 +420,8 @@ def _widen(
     stack = list(site.core.output.meta["stack"])
     for module in reversed(stack[: stack.index(site.name)]):
         held = [core for core in cores if _inside(core.output, module)]
+        if site.layout is not None and site.layout.update:
+            return
         residual = residuals.around(site.core)
         if not module or len(held) != len(own) or isinstance(residual, str):
             return

@@ -178,7 +178,8 @@ def verify_block(
             for seed in range(3 if training and config.packs else 1):
                 wanted = _run(reference, probe, _chance(plan, config), seed)
                 found = _run(converted, probe, _chance(plan, config), seed)
-                _require_equal(found, wanted, noise, label)
+                before = torch.zeros_like(noise) if plan.layout.update else noise
+                _require_equal(found, wanted, before, label)
         # train mode draws dropout per query, so there only shapes and finiteness can be checked
         trained = copy.deepcopy(copied).train()
         converted = build_block(trained, plan, config, _grid_shape(plan))
@@ -221,4 +222,5 @@ def _verify_coarse(
         raise Refused("verification: NaN or infinity at mixed granularities")
     if dense is not None and plan.exact_at_any_level:
         wanted = _run(dense, probe)
-        _require_equal(found, wanted, stream, "mixed granularities on patch-constant input")
+        before = torch.zeros_like(stream) if plan.layout.update else stream
+        _require_equal(found, wanted, before, "mixed granularities on patch-constant input")

@@ -144,7 +144,9 @@ def main_path(trace: Trace, flow: nx.DiGraph, stream: Node, output: Node) -> lis
 class _Walk:
     """Assigns nodes to worlds, backwards from the output."""
 
-    def __init__(self, trace: Trace, stream: Node, token_counts: frozenset[int]) -> None:
+    def __init__(
+        self, trace: Trace, stream: Node, token_counts: frozenset[int], update: bool
+    ) -> None:
         self.trace, self.stream, self.token_counts = trace, stream, token_counts
         self.cores = tuple(find_cores(trace.graph, trace.values.get, trace.root))
         if not self.cores:
@@ -158,7 +160,9 @@ class _Walk:
         self.output = find_output(trace, self.flow, stream)
         self.data = _data_dependent(trace, self.flow, stream)
         self.sized = nx.descendants(self.flow, stream)
-        self.path = main_path(trace, self.flow, stream, self.output)
+        # an update has no main path: attention is on every way to it
+        path = [stream] if update else main_path(trace, self.flow, stream, self.output)
+        self.path = path
         outputs = [core.output for core in self.cores]
         self.attended = set(outputs).union(*(nx.descendants(self.flow, n) for n in outputs))
         self.query: set[Node] = set()
@@ -284,14 +288,17 @@ class _Walk:
         return frozenset(after & before & self.context)
 
 
-def find_worlds(trace: Trace, stream: Node, token_counts: frozenset[int]) -> Worlds:
+def find_worlds(
+    trace: Trace, stream: Node, token_counts: frozenset[int], update: bool = False
+) -> Worlds:
     """Split the nodes of a traced block.
 
     Args:
         token_counts: sizes that may stand for a number of tokens, rows or columns. Any other size
             is the same in both worlds and is read where its tensor is computed anyway.
+        update: whether the block yields an update of the stream, not the stream updated.
 
     Raises:
         Refused: no attention core, or one that does not lead to the output.
     """
-    return _Walk(trace, stream, token_counts).run()
+    return _Walk(trace, stream, token_counts, update).run()
