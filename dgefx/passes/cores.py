@@ -2,7 +2,8 @@
 
 Shared by `passes.locate` (which works on the flat capture) and `passes.split` (which works on a
 block's own graph): scaled_dot_product_attention, multi_head_attention_forward, and
-matmul - softmax - matmul with anything element by element in between.
+matmul - softmax - matmul with anything element by element in between. Deformable attention, where
+queries sample a map, is recognised by `passes.sampling`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node, map_arg
 
 from dgefx.passes.ops import ELEMENTWISE, argument, op_name
+from dgefx.passes.sampling import sampled_map
 
 _BETWEEN = ELEMENTWISE | {"softmax", "contiguous", "view", "reshape", "expand"}
 
@@ -48,6 +50,14 @@ def _fused_core(node: Node, kind: str) -> Core | None:
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     positions = [i if len(node.args) > i else name for i, name in enumerate(names)]
     return Core(kind, query, key, value, node, frozenset((node, p) for p in positions[1:]))
+
+
+def _sampling_core(node: Node, root: nn.Module | None) -> Core | None:
+    found = sampled_map(node, root)
+    if found is None:
+        return None
+    grid, value, place = found
+    return Core("grid_sample", grid, value, value, node, frozenset({(node, place)}))
 
 
 def _tensor_args(node: Node) -> list[Node]:
@@ -136,6 +146,8 @@ def find_cores(graph: Graph, root: nn.Module | None = None) -> list[Core]:
             core = _fused_core(node, name)
         elif name == "softmax":
             core = _manual_core(node, root)
+        elif name in ("grid_sample", "grid_sampler"):
+            core = _sampling_core(node, root)
         if core is not None:
             cores.append(core)
     return cores
