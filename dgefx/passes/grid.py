@@ -21,7 +21,7 @@ from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
 
 _SPATIAL = frozenset(
     "conv2d conv_transpose2d max_pool2d avg_pool2d adaptive_avg_pool2d interpolate upsample "
-    "max_pool2d_with_indices".split()
+    "max_pool2d_with_indices group_norm groupnorm".split()
 )
 _REARRANGE = MOVEMENT | {"cat", "roll", "flip", "pad"}
 #: reads all channels of a token at once: what lies in them is one token afterwards

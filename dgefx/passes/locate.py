@@ -354,6 +354,7 @@ def _refuse_outer_blocks(sites: list[Site]) -> None:
 def _join_shared_blocks(sites: list[Site]) -> list[Site]:
     """A block with several attentions is one site; if one of them cannot convert, none does."""
     joined: list[Site] = []
+    levels: set[tuple[str, str | None]] = set()  # one attention samples one map per level
     for site in sites:
         shared = [s for s in sites if s.name == site.name]
         refused = next((s.reason for s in shared if s.reason is not None), None)
@@ -361,6 +362,10 @@ def _join_shared_blocks(sites: list[Site]) -> list[Site]:
             continue
         if site.reason is None and refused is not None:
             site.reason = f"another attention of {site.name} does not convert: {refused}"
+        if site.core.kind == "grid_sample":
+            if (site.name, site.reason) in levels:
+                continue
+            levels.add((site.name, site.reason))
         joined.append(site)
     return joined
 
