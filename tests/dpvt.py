@@ -23,6 +23,8 @@ class DeformableAttention(nn.Module):
             "none" (offsets from the image's centre: nothing is positional).
         weighting: "mul" (multiply and sum), "einsum" or "matmul".
         grid: the only grid that a buffer of reference points allows.
+        softmax: without it weights are sigmoids, which is no attention.
+        maps: 2 also samples a pooled map, `points` of each, with one softmax over both.
     """
 
     def __init__(
@@ -34,12 +36,15 @@ class DeformableAttention(nn.Module):
         weighting: str = "mul",
         grid: tuple[int, int] | None = None,
         softmax: bool = True,
+        maps: int = 1,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.heads, self.points = heads, points
+        self.heads, self.points, self.maps = heads, points, maps
         self.reference, self.weighting, self.softmax = reference, weighting, softmax
-        self.offsets = nn.Linear(dim, heads * points * 2)
-        self.weights = nn.Linear(dim, heads * points)
+        self.offsets = nn.Linear(dim, heads * maps * points * 2)
+        self.weights = nn.Linear(dim, heads * maps * points)
+        self.dropout = nn.Dropout(dropout)
         self.value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         if grid is not None:
             self.register_buffer("table", centres(*grid, torch.empty(0)).view(1, -1, 1, 1, 2))
@@ -57,7 +62,7 @@ class DeformableAttention(nn.Module):
 
     def _grid(self, x: Tensor, height: int, width: int) -> Tensor:
         b, n, _ = x.shape
-        offsets = self.offsets(x).view(b, n, self.heads, self.points, 2)
+        offsets = self.offsets(x).view(b, n, self.heads, self.maps * self.points, 2)
         if self.reference == "none":
             return offsets.tanh()
         if self.reference == "arange":
@@ -66,23 +71,34 @@ class DeformableAttention(nn.Module):
             offsets = offsets / x.new_tensor([width, height])
         return 2 * (self._reference(height, width, x) + offsets) - 1
 
+    def _samples(self, value: Tensor, grid: Tensor) -> Tensor:
+        """(B * heads, C, N, maps * points)."""
+        if self.maps == 1:
+            return F.grid_sample(value, grid, "bilinear", "zeros", False)
+        values = (value, F.avg_pool2d(value, 2, ceil_mode=True))
+        grids = grid.split(self.points, 2)
+        samples = [
+            F.grid_sample(v, g, align_corners=False) for v, g in zip(values, grids, strict=True)
+        ]
+        return torch.stack(samples, -2).flatten(-2)
+
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         b, n, c = x.shape
+        points = self.maps * self.points
         value = self.value(x).transpose(1, 2).reshape(b * self.heads, -1, height, width)
-        weights = self.weights(x).view(b, n, self.heads, self.points)
+        weights = self.weights(x).view(b, n, self.heads, points)
         weights = weights.softmax(-1) if self.softmax else weights.sigmoid()
-        grid = self._grid(x, height, width).transpose(1, 2).flatten(0, 1)
-        samples = F.grid_sample(value, grid, "bilinear", "zeros", False)
+        samples = self._samples(value, self._grid(x, height, width).transpose(1, 2).flatten(0, 1))
         if self.weighting == "mul":
-            weights = weights.transpose(1, 2).reshape(b * self.heads, 1, n, self.points)
+            weights = weights.transpose(1, 2).reshape(b * self.heads, 1, n, points)
             y = (samples * weights).sum(-1).view(b, c, n)
         elif self.weighting == "einsum":
-            samples = samples.view(b, self.heads, -1, n, self.points)
+            samples = samples.view(b, self.heads, -1, n, points)
             y = torch.einsum("bhcnp,bnhp->bhcn", samples, weights).reshape(b, c, n)
         else:
-            samples = samples.view(b, self.heads, -1, n, self.points).permute(0, 3, 1, 2, 4)
+            samples = samples.view(b, self.heads, -1, n, points).permute(0, 3, 1, 2, 4)
             y = torch.matmul(samples, weights.unsqueeze(-1)).reshape(b, n, c).transpose(1, 2)
-        return self.proj(y.transpose(1, 2))
+        return self.dropout(self.proj(y.transpose(1, 2)))
 
 
 class Mlp(nn.Module):
@@ -90,8 +106,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, depthwise: bool) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-        self.conv = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim) if depthwise else None
+        wide = 4 * dim
+        self.fc1, self.fc2 = nn.Linear(dim, wide), nn.Linear(wide, dim)
+        self.conv = nn.Conv2d(wide, wide, 3, padding=1, groups=wide) if depthwise else None
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         x = self.fc1(x)
