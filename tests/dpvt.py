@@ -113,7 +113,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         x = self.fc1(x)
         if self.conv is not None:
-            b, n, c = x.shape
+            b, _, c = x.shape
             x = self.conv(x.transpose(1, 2).view(b, c, height, width)).flatten(2).transpose(1, 2)
         return self.fc2(F.gelu(x))
 

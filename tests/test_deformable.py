@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.fx import symbolic_trace
 
 import dgefx
 from dgefx import DGEConfig
+from dgefx.passes.capture import capture
 from dgefx.passes.cores import find_cores
 from dgefx.training import set_gates
 from tests.dat import DAT, Attention, GridBlock, GridModel, Warp
 from tests.dpvt import DPVT, centres
 from tests.helpers import error, images, macs, randomise
 
-#: two stages on grids of 16 and 8 tokens a side
-SMALL: dict[str, Any] = {"dims": (16, 16), "strides": (4, 2), "side": 64}
+#: one stage on a grid of 12 tokens a side
+SMALL: dict[str, Any] = {"dims": (16,), "strides": (4,), "side": 48}
 BUDGETS = ["per_image", "average"]
 
 
@@ -31,7 +31,7 @@ def pair(
     """(dense model, converted one), all blocks converted."""
     dense = randomise(DPVT(**(SMALL | options))).eval()
     config = DGEConfig(budget=budget)
-    model = dgefx.convert(dense, gamma, example_inputs=images(2, 64), config=config)
+    model = dgefx.convert(dense, gamma, example_inputs=images(2, 48), config=config)
     blocks = dgefx.report(model).blocks
     assert [b.status for b in blocks] == ["converted"] * sum(map(len, dense.stages))
     return dense, model
@@ -41,7 +41,7 @@ def update_error(dense: nn.Module, model: nn.Module, x: Tensor) -> float:
     """Relative error of the features before the head, where nothing is averaged away."""
     found: list[Tensor] = []
     for module in (model, dense):
-        last = list(module.stages[-1])[-1]
+        last = module.stages[-1][-1]
         handle = last.register_forward_hook(lambda _m, _a, output: found.append(output))
         with torch.no_grad():
             module(x)
@@ -50,12 +50,12 @@ def update_error(dense: nn.Module, model: nn.Module, x: Tensor) -> float:
 
 
 def test_four_stages_with_depthwise_convolutions_equal_the_dense_model() -> None:
-    dense = randomise(DPVT(depthwise=True)).eval()
-    model = dgefx.convert(dense, 1.0, example_inputs=images(2, 128))
+    dense = randomise(DPVT(dims=(8, 8, 16, 16), depthwise=True)).eval()
+    model = dgefx.convert(dense, 1.0, example_inputs=images(2, 64))
     assert [(b.status, b.grid) for b in dgefx.report(model).blocks] == [
-        ("converted", (side, side)) for side in (32, 16, 8, 4)
+        ("converted", (side, side)) for side in (16, 8, 4, 2)
     ]
-    assert update_error(dense, model, images(2, 128, seed=1)) <= 1e-5
+    assert update_error(dense, model, images(2, 64, seed=1)) <= 1e-5
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -73,10 +73,9 @@ def test_four_stages_with_depthwise_convolutions_equal_the_dense_model() -> None
 )
 def test_every_way_to_write_it_equals_the_dense_model(options: Any, budget: str) -> None:
     dense, model = pair(budget=budget, **options)
-    assert update_error(dense, model, images(3, 64, seed=1)) <= 1e-5
-    if options.get("reference") != "buffer":  # odd grids, 25 x 41 and 13 x 21; 13 x 13 and 7 x 7
-        for size in ((100, 164), (52, 52)):
-            assert update_error(dense, model, images(2, size, seed=2)) <= 1e-5
+    assert update_error(dense, model, images(3, 48, seed=1)) <= 1e-5
+    if options.get("reference") != "buffer":  # also a grid of 13 x 21
+        assert update_error(dense, model, images(2, (52, 84), seed=2)) <= 1e-5
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -84,7 +83,7 @@ def test_gradients_in_train_mode_are_those_of_the_dense_model(budget: str) -> No
     dense, model = pair(budget=budget, dropout=0.1 if budget == "per_image" else 0.0)
     found = {}
     for name, module in (("dense", dense.train()), ("converted", model.train())):
-        x = images(2, 64, seed=1).requires_grad_()
+        x = images(2, 48, seed=1).requires_grad_()
         torch.manual_seed(3)
         module(x).square().sum().backward()
         found[name] = {n: p.grad for n, p in module.named_parameters()} | {"": x.grad}
@@ -130,11 +129,11 @@ def reference(block: Any, x: Tensor, grid: tuple[int, int], means: Tensor) -> Te
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("size", [(64, 64), (52, 36)])
+@pytest.mark.parametrize("size", [(48, 48), (52, 36)])
 def test_mixed_granularities_equal_an_independent_reference(
     budget: str, size: tuple[int, int]
 ) -> None:
-    dense, model = pair(0.6, budget, dims=(16,), strides=(4,))
+    dense, model = pair(0.6, budget)
     x, grid = images(3, size, seed=5), (size[0] // 4, size[1] // 4)
     x[0, :, : size[0] // 2] *= 0.1  # one image is calmer
     x[1, :, :, : size[1] // 3] = 0.0
@@ -157,8 +156,8 @@ def test_mixed_granularities_equal_an_independent_reference(
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_gamma_holds_by_torchs_counter(budget: str) -> None:
-    dense, model = pair(0.5, budget, dims=(16, 32), depth=3)
-    x = images(2, 64, seed=1)
+    dense, model = pair(0.5, budget, depth=3)
+    x = images(2, 48, seed=1)
     assert 0.48 <= macs(model, x) / macs(dense, x) <= 0.5
 
 
@@ -166,7 +165,7 @@ def test_gamma_holds_by_torchs_counter(budget: str) -> None:
 def test_compiled_whole_it_equals_eager(budget: str) -> None:
     torch._dynamo.reset()
     _, model = pair(0.7, budget)
-    x = images(2, 64, seed=3)
+    x = images(2, 48, seed=3)
     with torch.no_grad():
         wanted = model(x)
         assert error(torch.compile(model, fullgraph=True)(x), wanted) <= 1e-5
@@ -176,16 +175,16 @@ def test_compiled_whole_it_equals_eager(budget: str) -> None:
 def test_the_dense_training_path_computes_what_the_sparse_one_does(capacity: str | None) -> None:
     dense = randomise(DPVT(**SMALL))
     config = DGEConfig(budget="average", router="linear", capacity=capacity)
-    model = dgefx.convert(dense, 0.7, example_inputs=images(2, 64), config=config).train()
+    model = dgefx.convert(dense, 0.7, example_inputs=images(2, 48), config=config).train()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "dge_router.gate" in name:
             nn.init.normal_(parameter, std=0.5)
-    x, found = images(3, 64, seed=1), {}
+    x, found = images(3, 48, seed=1), {}
     for path in ("sparse", "dense"):
         set_gates(model, path=path)
         found[path] = model(x)
-    assert error(found["dense"], found["sparse"]) <= 1e-5
+    assert error(found["dense"].detach(), found["sparse"].detach()) <= 1e-5
     found["dense"].square().sum().backward()
     gates = [p.grad for n, p in model.named_parameters() if "dge_router.gate" in n]
     assert gates and all(g.abs().sum() > 0 for g in gates)
@@ -218,7 +217,7 @@ def deformable_detr(levels: int) -> nn.Module:
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_a_deformable_detr_encoder_with_one_level_converts(budget: str) -> None:
     dense, config = deformable_detr(1), DGEConfig(budget=budget)
-    model = dgefx.convert(dense, 1.0, example_inputs=images(2, (128, 160)), config=config)
+    model = dgefx.convert(dense, 1.0, example_inputs=images(2, (96, 128)), config=config)
     status = {b.name: b.status for b in dgefx.report(model).blocks}
     assert status == {
         "encoder.layers.0": "converted",
@@ -238,7 +237,7 @@ def test_a_deformable_detr_encoder_with_one_level_converts(budget: str) -> None:
 
 
 def test_several_grids_in_one_stream_are_refused_with_the_reason() -> None:
-    report = dgefx.explain(deformable_detr(2), 1.0, example_inputs=images(2, (128, 160)))
+    report = dgefx.explain(deformable_detr(2), 1.0, example_inputs=images(2, (96, 128)))
     reasons = {b.name: b.reason for b in report.blocks}
     for layer in (0, 1):
         assert "not prefix tokens followed by the grid" in reasons[f"encoder.layers.{layer}"]
@@ -247,16 +246,17 @@ def test_several_grids_in_one_stream_are_refused_with_the_reason() -> None:
 
 
 def kinds(module: nn.Module) -> list[str]:
-    return [core.kind for core in find_cores(symbolic_trace(module).graph, module)]
+    seen = capture(module.eval(), (images(2, 8, channels=16),), {})
+    return [core.kind for core in find_cores(seen.graph)]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_sampled_keys_and_values_belong_to_the_attention_that_reads_them(budget: str) -> None:
     dense = randomise(GridModel(GridBlock(16, DAT(16, fused=True)))).eval()
-    config, x = DGEConfig(budget=budget), images(2, 64)
+    config, x = DGEConfig(budget=budget), images(2, 32)
     model = dgefx.convert(dense, 1.0, example_inputs=x, config=config)
     with torch.no_grad():
-        for y in (x, images(2, (52, 100), seed=2)):
+        for y in (x, images(2, (52, 60), seed=2)):
             assert error(model(y), dense(y)) <= 1e-5
     assert kinds(DAT(16, fused=True)) == ["scaled_dot_product_attention"]
     assert "grid_sample" not in kinds(DAT(16))
@@ -269,7 +269,7 @@ def test_resampling_is_no_attention(kind: str) -> None:
         dgefx.convert(GridModel(GridBlock(16, Warp(16, kind))), example_inputs=images(2, 64))
     # beside a real attention it is an island or the block's refusal, never wrong
     dense = randomise(GridModel(GridBlock(16, Attention(16), Warp(16, kind)))).eval()
-    x = images(2, 64, seed=1)
+    x = images(2, 32, seed=1)
     if kind == "affine":  # one transformation from all tokens
         (block,) = dgefx.explain(dense, 1.0, example_inputs=x).blocks
         assert block.status == "dense" and block.reason
@@ -281,4 +281,4 @@ def test_resampling_is_no_attention(kind: str) -> None:
 
 def test_weights_that_are_no_softmax_are_no_attention() -> None:
     with pytest.raises(ValueError, match="no attention found"):
-        dgefx.convert(DPVT(**SMALL, softmax=False), example_inputs=images(2, 64))
+        dgefx.convert(DPVT(**SMALL, softmax=False), example_inputs=images(2, 48))

@@ -236,7 +236,7 @@ class PackedSplitter(Splitter):
         if form.batch != 0 or form.axes[0] not in (1, 2) or len(self._shape(core.query)) != 4:
             raise Refused(f"{node.name}: it does not sample per image and token; {_INSTEAD}")
         self._require_prefix(node, form)
-        options = {
+        options: dict[str, Any] = {
             name: argument(node, place, name, default)
             for place, name, default in (
                 (2, "mode", "bilinear"),
