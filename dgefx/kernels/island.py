@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dgefx.kernels.alternatives import choose, unpool_levels
+from dgefx.kernels.layout import query_count
 from dgefx.kernels.pool import patch_means, patch_sums
 from dgefx.kernels.ragged import body_queries, body_slots
 from dgefx.kernels.routing import Routing
@@ -34,16 +35,22 @@ def _from_rows(
     return value.unflatten(axes[0], grid) if len(axes) == 2 else value
 
 
-def unpool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: bool) -> Tensor:
+def unpool_value(
+    value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: bool, inner: int = 1
+) -> Tensor:
     """A value of the query path on all tokens.
 
     Args:
         value: images on axis 0, queries on `axes` (a grid stands as (queries, 1)).
         prefix: whether the prefix tokens are among the queries.
+        inner: how many of something else (heads) every image has on axis 0.
 
     Returns:
         Images on axis 0 and tokens on `axes`; with alternatives 1 + L times as many images.
     """
+    if inner > 1:
+        apart = value.unflatten(0, (-1, inner))
+        return unpool_value(apart, routing, _shifted(axes), prefix).flatten(0, 1)
     rows, rest = _to_rows(value, axes)
     count = routing.prefix if prefix else 0
     if routing.ragged is not None:
@@ -59,8 +66,17 @@ def unpool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix:
     return _from_rows(dense, rest, axes, routing.grid)
 
 
-def pool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: bool) -> Tensor:
+def _shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis + 1 for axis in axes)
+
+
+def pool_value(
+    value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: bool, inner: int = 1
+) -> Tensor:
     """The inverse direction: patch means of a dense value for every query."""
+    if inner > 1:
+        apart = value.unflatten(0, (-1, inner))
+        return pool_value(apart, routing, _shifted(axes), prefix).flatten(0, 1)
     rows, rest = _to_rows(value, axes)
     count = routing.prefix if prefix else 0
     means = _means(rows[:, count:], routing)
@@ -79,6 +95,18 @@ def pool_value(value: Tensor, routing: Routing, axes: tuple[int, ...], prefix: b
             parts.append(gather_rows(means[level], patches))
     pooled = torch.cat(parts, 1)
     return _from_rows(pooled, rest, axes, (pooled.shape[1], 1))
+
+
+def unpool_flat(value: Tensor, routing: Routing, prefix: bool) -> Tensor:
+    """`unpool_value` where images and queries are one axis, the first: (B * queries, ...)."""
+    apart = value.unflatten(0, (-1, query_count(routing, prefix)))
+    return unpool_value(apart, routing, (1,), prefix).flatten(0, 1)
+
+
+def pool_flat(value: Tensor, routing: Routing, prefix: bool) -> Tensor:
+    """`pool_value` where images and tokens are one axis, the first: (B * tokens, ...)."""
+    count = routing.grid[0] * routing.grid[1] + (routing.prefix if prefix else 0)
+    return pool_value(value.unflatten(0, (-1, count)), routing, (1,), prefix).flatten(0, 1)
 
 
 def _means(body: Tensor, routing: Routing) -> list[Tensor]:

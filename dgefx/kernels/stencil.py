@@ -19,18 +19,25 @@ from dgefx.kernels.stencil_op import stencil
 from dgefx.kernels.taps import patch_shapes, ring_of, tap_shares
 
 
-def stencil_conv(hidden: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
+def stencil_conv(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, inner: int = 1
+) -> Tensor:
     """Depthwise convolution, stride 1, zero padding, on queries.
 
     Args:
-        hidden: (B, C, slots, 1).
+        hidden: (B * inner, C, slots, 1), for example with heads next to the images.
         weight: (C, 1, k, k), k odd. bias: (C,) or None.
         routing: of the block.
 
     Returns:
-        (B, C, slots, 1): for every query the mean over its patch of the convolution of the
+        (B * inner, C, slots, 1): for every query the mean over its patch of the convolution of the
         un-pooled `hidden`.
     """
+    if inner > 1:  # channels do not see each other: as well have those of all heads
+        joined = hidden.unflatten(0, (-1, inner)).flatten(1, 2)
+        bias = None if bias is None else bias.repeat(inner)
+        out = stencil_conv(joined, weight.repeat(inner, 1, 1, 1), bias, routing)
+        return out.unflatten(1, (inner, -1)).flatten(0, 1)
     tables = dict(routing.stencils).get(weight.shape[-1])
     if routing.packing is not None and tables is not None:
         rows = hidden.squeeze(-1).transpose(1, 2)

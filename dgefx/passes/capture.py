@@ -75,12 +75,40 @@ class _Recorder(TorchFunctionMode):
             return value
         return value if value is Ellipsis else str(value)
 
+    def _record_write(
+        self, func: Any, args: Any, kwargs: dict[str, Any], written: list[Tensor]
+    ) -> None:
+        """`x[i] = y`: what reads x from now on reads the result."""
+        sources = (self._argument(a) for a in pytree.tree_leaves((args, kwargs)))
+        read = tuple(source for source in sources if isinstance(source, fx.Node))
+        for tensor in written:
+            before = self.node_of(tensor)
+            others = tuple(source for source in read if source is not before)
+            node = self.graph.create_node("call_function", _set_item, (before, *others))
+            self._mark(node, tensor)
+            self._reach_base(tensor, node)
+
+    def _reach_base(self, view: Tensor, node: fx.Node) -> None:
+        """A write to a view is one to what it is a view of."""
+        base = view._base
+        if base is not None and base is not view and base in self.nodes:
+            written = self.graph.create_node("call_function", _set_item, (self.nodes[base], node))
+            self._mark(written, base)
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [_version(tensor) for tensor in given]
         result = func(*args, **kwargs)
+        written = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
         is_tensor = isinstance(result, Tensor)
+        if is_tensor and not written and any(result is tensor for tensor in given):
+            return result  # `x.float()` of what is float already
+        if written and not is_tensor:
+            self._record_write(func, args, kwargs, written)
+            return result
         if not is_tensor and not (
             isinstance(result, (tuple, list)) and any(isinstance(r, Tensor) for r in result)
         ):
@@ -93,6 +121,8 @@ class _Recorder(TorchFunctionMode):
         )
         if is_tensor:
             self._mark(node, result)
+            for tensor in written:
+                self._reach_base(tensor, node)
             return result
         node.meta["stack"] = tuple(self.stack)
         for index, part in enumerate(result):
@@ -100,6 +130,25 @@ class _Recorder(TorchFunctionMode):
                 item = self.graph.create_node("call_function", _getitem, (node, index))
                 self._mark(item, part)
         return result
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _set_item(base: Any, *parts: Any) -> Any:
+    """Stands for a write to a part of `base`; never run."""
+    raise NotImplementedError
+
+
+_set_item.__name__ = "set_item"
+
+
+def example_of(node: fx.Node) -> Any:
+    """A tensor of the shape that a captured value has, of no memory; None for what is no tensor."""
+    shape = node.meta.get("shape")
+    return None if shape is None else torch.zeros(()).expand(shape)
 
 
 def _getitem(parts: Any, index: int) -> Any:

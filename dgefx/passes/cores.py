@@ -1,9 +1,9 @@
 """Attention cores: where queries meet keys, in a flat or a traced graph.
 
 Shared by `passes.locate` (which works on the flat capture) and `passes.split` (which works on a
-block's own graph): scaled_dot_product_attention, multi_head_attention_forward, and
-matmul - softmax - matmul with anything element by element in between. Deformable attention, where
-queries sample a map, is recognised by `passes.sampling`.
+block's own graph): scaled_dot_product_attention, multi_head_attention_forward, and attention
+written out as products around a softmax (`passes.scores`), and deformable attention, where
+queries sample a map (`passes.sampling`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from dgefx.passes.ops import ELEMENTWISE, argument, op_name
+from dgefx.passes.ops import argument, op_name
 from dgefx.passes.sampling import sampled_map
-
-_BETWEEN = ELEMENTWISE | {"softmax", "contiguous", "view", "reshape", "expand"}
+from dgefx.passes.scores import Values, Written, WrittenAttention
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Core:
 
     context_edges: (consumer, position or keyword of the argument) where the context enters the
     query path. An argument, not a producer: query, key and value may be one and the same value.
+    query_axes: axes of `query`, negative, on which its tokens may lie.
     """
 
     kind: str
@@ -35,6 +35,7 @@ class Core:
     value: Node
     output: Node
     context_edges: frozenset[tuple[Node, int | str]]
+    query_axes: tuple[int, ...] = (-2,)
 
     @property
     def name(self) -> str:
@@ -57,62 +58,24 @@ def _sampling_core(node: Node, root: nn.Module | None) -> Core | None:
     if found is None:
         return None
     grid, value, place = found
-    return Core("grid_sample", grid, value, value, node, frozenset({(node, place)}))
+    return Core("grid_sample", grid, value, value, node, frozenset({(node, place)}), (-3, -2))
 
 
-def _tensor_args(node: Node) -> list[Node]:
-    return [a for a in node.args if isinstance(a, Node)]
-
-
-def _scores(softmax: Node, root: nn.Module | None) -> Node | None:
-    """The product of queries and keys under a softmax, through anything element by element."""
-    seen: set[Node] = set()
-    front = [softmax]
-    while front:
-        node = front.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        name = op_name(node, root)
-        if name == "matmul" or name == "einsum":
-            return node
-        if name in _BETWEEN or node is softmax:
-            front.extend(node.all_input_nodes)
-    return None
-
-
-def _weighted_sum(softmax: Node, root: nn.Module | None) -> tuple[Node, Node] | None:
-    """(product of weights and values, its weights operand) after a softmax."""
-    seen: set[Node] = set()
-    front = [softmax]
-    while front:
-        node = front.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        for user in node.users:
-            name = op_name(user, root)
-            if name in ("matmul", "einsum"):
-                return user, node
-            if name in _BETWEEN:
-                front.append(user)
-    return None
-
-
-def _manual_core(softmax: Node, root: nn.Module | None) -> Core | None:
-    scores, applied = _scores(softmax, root), _weighted_sum(softmax, root)
-    if scores is None or applied is None:
-        return None
-    output, weights = applied
-    operands = _tensor_args(scores)
-    others = [a for a in _tensor_args(output) if a is not weights]
-    if len(operands) != 2 or len(others) != 1 or output is scores or operands[0] is operands[1]:
-        return None
-    if _tensor_args(output)[0] is not weights:
-        return None  # values on the left: handled once such models are (v @ attn^T)
-    query, key = operands
-    edges = frozenset({(scores, scores.args.index(key)), (output, output.args.index(others[0]))})
-    return Core("matmul-softmax-matmul", query, key, others[0], output, edges)
+def _written_core(written: Written) -> Core:
+    scores, output = written.scores, written.output
+    edges = {
+        (scores.node, scores.operands[written.key]),
+        (output.node, output.operands[written.value]),
+    }
+    return Core(
+        "matmul-softmax-matmul",
+        scores.operand(1 - written.key),
+        scores.operand(written.key),
+        output.operand(written.value),
+        output.node,
+        frozenset(edges),
+        written.query_axes,
+    )
 
 
 def map_sources(
@@ -129,25 +92,25 @@ def map_sources(
     return args, kwargs
 
 
-def find_cores(graph: Graph, root: nn.Module | None = None) -> list[Core]:
+def find_cores(graph: Graph, values: Values, root: nn.Module | None = None) -> list[Core]:
     """All attention cores of `graph`, in order.
 
     Args:
         graph: a flat capture or a traced block.
+        values: of its nodes, see `passes.scores`.
         root: the module that call_module targets belong to.
     """
-    cores: list[Core] = []
+    written = WrittenAttention(graph, root, values).find()
+    cores = {w.output.node: _written_core(w) for w in written}
     for node in graph.nodes:
-        if not node.op.startswith("call_"):
-            continue
-        name = op_name(node, root)
-        core = None
+        name = op_name(node, root) if node.op.startswith("call_") else ""
         if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             core = _fused_core(node, name)
-        elif name == "softmax":
-            core = _manual_core(node, root)
         elif name in ("grid_sample", "grid_sampler"):
             core = _sampling_core(node, root)
+        else:
+            continue
         if core is not None:
-            cores.append(core)
-    return cores
+            cores[node] = core
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return sorted(cores.values(), key=lambda core: order[core.output])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dgefx.kernels.constants import gather_constant
-from dgefx.kernels.island import pool_value, unpool_value
+from dgefx.kernels.island import pool_flat, pool_value, unpool_flat, unpool_value
 from dgefx.kernels.layout import (
     from_tokens,
     queries_as_stream,
@@ -44,7 +44,7 @@ from dgefx.kernels.window import (
 from dgefx.nn.block import resolve_grid
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.cores import map_sources
-from dgefx.passes.form import MOVES, Form, size_inputs
+from dgefx.passes.form import MOVES, Form, size_inputs, size_read
 from dgefx.passes.forms import FormFinder
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
@@ -249,8 +249,30 @@ class Splitter:
         for fused in self.fused:
             if node in fused.context:
                 return self._project(fused, fused.context[node], self.context, False)
+        size = self._dense_size(node)
+        if size is not None:
+            return size
         # sizes that are the same in both worlds are read where their tensor is
         return self._copy(node, lambda n: self.context[n] if n in self.context else self.query[n])
+
+    def _dense_size(self, node: fx.Node) -> Any:
+        """The size of a value of the query path on the dense grid, without computing it there."""
+        read = size_read(node, self.trace)
+        form = None if read is None else self.forms.get(read[0])
+        if read is None or form is None or form.batch is None:
+            return None
+        if form.kind not in ("tokens", "grid"):
+            return None
+        call, axis = self.graph.call_function, read[1]
+        if form.kind == "grid" and axis in form.axes:
+            return call(operator.getitem, (self.grid, form.axes.index(axis)))
+        if axis in form.axes:
+            count = self.graph.call_method("size", (self.tokens, 1))
+            left_out = 0 if form.prefix else self.layout.prefix
+            return call(operator.sub, (count, left_out)) if left_out else count
+        if axis == form.batch:
+            return self.graph.call_method("size", (self.tokens, 0))
+        return self.trace.values[node]
 
     def _emit_query(self, node: fx.Node) -> Any:
         for fused in self.fused:
@@ -264,7 +286,7 @@ class Splitter:
             return self._repack(node, form, moved)
         if form is not None and self._moves_nothing(node):
             return self._packed(self._source(node), form)
-        if form is not None and form.mixes:
+        if form is not None and (form.mixes or form.kind == "dense"):
             return self._legalise(node, form)
         name = op_name(node, self.trace.root)
         slots = node in self.in_slots
@@ -463,6 +485,9 @@ class Splitter:
                 return 1
             if slots:
                 return call(slot_count, (self.windows,))
+            if form.kind == "flat":
+                count = call(query_count, (self.routing, form.prefix))
+                return call(operator.mul, (call(image_count, (self.queries, 1)), count))
             return call(query_count, (self.routing, form.prefix))
         if form.kind != "window":
             return size
@@ -531,8 +556,10 @@ class Splitter:
                 self.finder.windows.note_table(self.trace.values[original], form, axes, rank)
                 place: Any = tuple(form.window_axes)
                 return self.graph.call_function(pool_slots, (emitted, self.windows, place, rank))
-            if form.batch is None:
-                raise Refused(f"{node.name}: images and heads are merged where a table is added")
+            if form.batch is None or form.kind == "flat":
+                raise Refused(
+                    f"{node.name}: images are merged with another axis where a table is added"
+                )
             return self.graph.call_function(
                 gather_constant,
                 (emitted, self.routing, rank, form.batch, form.axes, form.prefix),
@@ -582,17 +609,15 @@ class Splitter:
 
     def _legalise(self, node: fx.Node, form: Form) -> fx.Node:
         """A node that mixes tokens: a stencil if it is a plain depthwise convolution."""
-        if form.kind == "window" or any(
-            self.forms[s].kind == "window" for s, _ in self.worlds.sources(node) if s in self.forms
-        ):
+        sources = [self.forms[s] for s, _ in self.worlds.sources(node) if s in self.forms]
+        if self.finder.windowed and any(f.kind == "window" for f in (form, *sources)):
             raise Refused(f"{node.name} mixes tokens inside windows")
         self.mixing = True
         depthwise = self._depthwise(node)
         if depthwise is not None:
             source, weight, bias = depthwise
-            return self.graph.call_function(
-                stencil_conv, (self._operand(source, False), weight, bias, self.routing)
-            )
+            operands = (self._operand(source, False), weight, bias, self.routing)
+            return self.graph.call_function(stencil_conv, (*operands, self.forms[source].inner))
         return self._island(node, form)
 
     def _depthwise(self, node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
@@ -629,20 +654,28 @@ class Splitter:
         def dense(source: fx.Node, crosses: bool) -> Any:
             emitted = self._operand(source, crosses)
             source_form = self.forms.get(source)
-            if crosses or source_form is None or source_form.kind == "free":
+            if crosses or source_form is None or source_form.kind in ("free", "dense"):
                 return emitted
             if source_form.batch != 0:
                 raise Refused(f"{node.name} mixes tokens with images merged into another axis")
+            if source_form.kind == "flat":
+                operands = (emitted, self.routing, source_form.prefix)
+                return self.graph.call_function(unpool_flat, operands)
             return self.graph.call_function(
-                unpool_value, (emitted, self.routing, source_form.axes, source_form.prefix)
+                unpool_value,
+                (emitted, self.routing, source_form.axes, source_form.prefix, source_form.inner),
             )
 
         args, kwargs = map_sources(node, self.worlds.edges, dense)
         result = self._create(node, args, kwargs)
-        if form.kind == "free":
+        if form.kind in ("free", "dense"):
             if not isinstance(self.trace.values[node], Tensor):
                 raise Refused(f"{node.name} mixes tokens")
             return result
         if form.batch != 0:
             raise Refused(f"{node.name} mixes tokens with images merged into another axis")
-        return self.graph.call_function(pool_value, (result, self.routing, form.axes, form.prefix))
+        if form.kind == "flat":
+            return self.graph.call_function(pool_flat, (result, self.routing, form.prefix))
+        return self.graph.call_function(
+            pool_value, (result, self.routing, form.axes, form.prefix, form.inner)
+        )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from dgefx.kernels.window import WindowAxes
 from dgefx.passes.grid import Layout
@@ -17,10 +19,13 @@ from dgefx.passes.trace import Trace
 class Form:
     """How a value of the query world holds tokens.
 
-    kind: "tokens" (one axis, raster), "grid" (two axes, H and W), "window" (slots of windows),
-        "moving" (on the way between two of these) or "free" (no token axis).
+    kind: "tokens" (one axis, raster), "grid" (two axes, H and W), "flat" (images and tokens on one
+        axis), "window" (slots of windows), "moving" (on the way between two of these), "dense"
+        (un-pooled, on another grid than the tokens', until an operation comes back to theirs) or
+        "free" (no token axis).
     axes: the token axis or axes. prefix: whether prefix tokens are on the axis too.
-    batch: the image axis, None where images are merged with something else.
+    batch: the image axis, None where images are merged with something else. Of a "flat" value, the
+        token axis.
     mixes: whether the node lets tokens see each other.
     windows, merged, inner: of a "window", see `dgefx.kernels.window.WindowAxes`.
     """
@@ -71,3 +76,18 @@ def size_inputs(trace: Trace, layout: Layout) -> tuple[fx.Node, fx.Node] | None:
         if (trace.values[rows], trace.values[columns]) == layout.grid:
             return rows, columns
     return None
+
+
+def size_read(node: fx.Node, trace: Trace) -> tuple[fx.Node, int] | None:
+    """(tensor, axis) of a node that reads one size of a tensor: `x.shape[1]`, `x.size(1)`."""
+    source, axis = (*node.args, None, None)[:2]
+    if not isinstance(source, fx.Node) or not isinstance(axis, int):
+        return None
+    if node.target is operator.getitem and isinstance(trace.values.get(source), torch.Size):
+        source = source.args[0]
+    elif node.op != "call_method" or node.target != "size":
+        return None
+    value = trace.values.get(source) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or not isinstance(value, Tensor):
+        return None
+    return source, axis % value.dim()

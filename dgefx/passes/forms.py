@@ -23,8 +23,10 @@ from dgefx.passes.trace import Trace, run_node
 from dgefx.passes.window_forms import WindowForms
 from dgefx.passes.worlds import Refused, Worlds
 
-#: relative size of a change that counts; float32 noise of unaffected rows is below 1e-6
-_TOLERANCE = 1e-5
+#: a change that counts, in units of the type's precision, relative to the value itself and to the
+#: largest one. What did not change is put back after every node, so that only the rounding of one
+#: operation adds up
+_OWN_TOLERANCE, _TOLERANCE = 16, 1
 _UNINITIALISED = frozenset({"new_empty", "empty_like", "empty"})
 
 
@@ -56,9 +58,23 @@ class FormFinder:
             Probe(0, height // 3, (2 * width) // 3),
             Probe(1, (2 * height) // 3, width // 3),
         )
+        self._start()
+
+    def _start(self) -> None:
         self.base: dict[fx.Node, Any] = {}
         self.forms: dict[fx.Node, Form] = {}
-        self.windows = WindowForms(trace, worlds, layout, self.base, self.forms, self._execute)
+        #: nodes on which no probe was seen, although the stream's data reaches them
+        self.hidden: list[fx.Node] = []
+        self.windows = WindowForms(
+            self.trace, self.worlds, self.layout, self.base, self.forms, self._execute
+        )
+
+    @property
+    def images(self) -> int:
+        """Images in the example."""
+        axis = stream_form(self.layout).batch
+        assert axis is not None
+        return int(self.trace.values[self.worlds.stream].shape[axis])
 
     @property
     def windowed(self) -> bool:
@@ -90,13 +106,40 @@ class FormFinder:
         Raises:
             Refused: the block yields NaN or infinity on ordinary input.
         """
+        randomise_constants(self.trace.root)
+        forms = self._find()
+        if self.hidden:  # what a softmax or a large bias leaves of a probe may be below rounding
+            try:
+                forms = self._find_precisely()
+            except (RuntimeError, TypeError):  # a kernel without float64
+                self._start()
+                forms = self._find()
+        return forms
+
+    def _find_precisely(self) -> dict[fx.Node, Form]:
+        """In float64."""
+        root = self.trace.root
+        types = {name: t.dtype for name, t in [*root.named_parameters(), *root.named_buffers()]}
+        self._start()
+        try:
+            root.double()
+            return self._find(torch.float64)
+        finally:
+            with torch.no_grad():
+                for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+                    tensor.data = tensor.data.to(types[name])
+
+    def _find(self, dtype: torch.dtype | None = None) -> dict[fx.Node, Form]:
         stream = self.worlds.stream
         generator = torch.Generator().manual_seed(1)
         example: Tensor = self.trace.values[stream]
         noise = torch.randn(example.shape, generator=generator).to(example)
         inputs = {n: self.trace.values[n] for n in self.trace.graph.nodes if n.op == "placeholder"}
         inputs[stream] = noise
-        randomise_constants(self.trace.root)
+        for node, value in inputs.items():
+            if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
+                inputs[node] = value.to(dtype)
+        noise = inputs[stream]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             self._run_base(inputs)
             result = self.base[self.worlds.output]
@@ -163,8 +206,14 @@ class FormFinder:
         if op_name(node, self.trace.root) in _UNINITIALISED:
             return Form("free")
         masks = [_changed(value, values[node]) for values in moved]
+        for mask, values in zip(masks, moved, strict=True):
+            values[node] = torch.where(mask, values[node], value)
         if not any(bool(mask.any()) for mask in masks):
+            if any(form.kind != "free" for form in self._source_forms(node)):
+                self.hidden.append(node)
             return Form("free", batch=_batch_axis(masks, self.probes))
+        if any(form.kind == "dense" for form in self._query_sources(node)):
+            return self._confine(node, value, moved, forms)
         batch = _batch_axis(masks, self.probes)
         if self.windows.partition is None and self.windows.arrives(node):
             self.windows.read(node)
@@ -233,6 +282,9 @@ class FormFinder:
                 found.append(Form("tokens", (axis,), True, batch))
             if size == height * width:
                 found.append(Form("tokens", (axis,), False, batch))
+            for prefix in {self.layout.prefix, 0}:
+                if size == self.images * (height * width + prefix):
+                    found.append(Form("flat", (axis,), prefix > 0, axis))
         for axis in range(len(shape) - 1):
             if tuple(shape[axis : axis + 2]) == (height, width):
                 found.append(Form("grid", (axis, axis + 1), False, batch))
@@ -246,7 +298,10 @@ class FormFinder:
             found = {form.axes[0]: probe.row, form.axes[1]: probe.column}
         else:
             offset = self.layout.prefix if form.prefix else 0
-            found = {form.axes[0]: offset + probe.row * self.layout.grid[1] + probe.column}
+            index = offset + probe.row * self.layout.grid[1] + probe.column
+            if form.kind == "flat":
+                index += probe.image * (offset + self.layout.grid[0] * self.layout.grid[1])
+            found = {form.axes[0]: index}
         return {axis: range(index, index + 1) for axis, index in found.items()}
 
     def _confine(
@@ -257,26 +312,51 @@ class FormFinder:
         forms: dict[fx.Node, Form],
     ) -> Form:
         """A node that mixes tokens: keep its grid if it does, and judge what follows afresh."""
-        sources = [
-            forms[s]
+        sources = self._query_sources(node)
+        kept = self._back_on_grid(node, value, moved, sources)
+        if kept is not None:
+            return kept
+        if any(_is_plane(value, source) for source in sources):
+            return dataclasses.replace(
+                next(s for s in sources if _is_plane(value, s)), kind="dense"
+            )
+        for values in moved:
+            values[node] = value
+        return Form("free", mixes=True)
+
+    def _query_sources(self, node: fx.Node) -> list[Form]:
+        """Forms of the operands that hold tokens, or the plane that these were un-pooled to."""
+        return [
+            self.forms[s]
             for s, crosses in self.worlds.sources(node)
-            if s in forms
+            if s in self.forms
             and (not crosses or s in self.worlds.main)
-            and forms[s].kind not in ("free", "moving")
+            and self.forms[s].kind not in ("free", "moving")
         ]
+
+    def _back_on_grid(
+        self, node: fx.Node, value: Tensor, moved: list[dict[fx.Node, Any]], sources: list[Form]
+    ) -> Form | None:
+        """The form of a node that mixes tokens and keeps its grid, or comes back to it."""
         for source in sources:
             candidates = self._candidates(value, source.batch)
             if source.kind == "window":
                 candidates = [f for f in self.windows.candidates(value) if f == source]
             for form in candidates:
-                if form.kind == source.kind and form.axes == source.axes:
+                if source.kind in (form.kind, "dense") and form.axes == source.axes:
                     for values, probe in zip(moved, self.probes, strict=True):
                         inside = _box(value, self._place(form, probe), form.batch, probe.image)
                         values[node] = torch.where(inside, values[node], value)
                     return dataclasses.replace(form, mixes=True)
-        for values in moved:
-            values[node] = value
-        return Form("free", mixes=True)
+        return None
+
+
+def _is_plane(value: Tensor, form: Form) -> bool:
+    """Whether a value that is not on the grid of `form` is on another one, on the same axes."""
+    if form.kind == "dense":
+        return value.dim() == 4 and min(value.shape[2:]) > 1
+    plane = form.kind == "grid" and form.axes == (2, 3) and form.batch == 0 and not form.prefix
+    return plane and value.dim() == 4 and min(value.shape[2:]) > 1
 
 
 def _changed(base: Tensor, moved: Tensor) -> Tensor:
@@ -286,7 +366,8 @@ def _changed(base: Tensor, moved: Tensor) -> Tensor:
         return base != moved
     scale = base.abs().amax() if base.numel() else base.new_zeros(())
     scale = torch.nan_to_num(scale, nan=0.0, posinf=0.0)
-    return (moved - base).abs() > _TOLERANCE * scale
+    allowed = _OWN_TOLERANCE * base.abs() + _TOLERANCE * scale
+    return (moved - base).abs() > torch.finfo(base.dtype).eps * allowed
 
 
 def _batch_axis(masks: list[Tensor], probes: tuple[Probe, ...]) -> int | None:

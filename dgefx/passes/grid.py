@@ -18,11 +18,25 @@ from torch import Tensor
 from torch.fx import Node
 
 from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
+from dgefx.passes.token_numbers import (
+    Numbers,
+    fit,
+    kept_plane,
+    merged,
+    rows_of,
+    seed,
+    sub_lattice,
+    varies,
+    without_axis,
+)
 
 _SPATIAL = frozenset(
     "conv2d conv_transpose2d max_pool2d avg_pool2d adaptive_avg_pool2d interpolate upsample "
     "max_pool2d_with_indices group_norm groupnorm".split()
 )
+#: every row of the result is about the same token as that row of the first operand
+_ROWS = frozenset({"matmul", "scaled_dot_product_attention"})
+_REDUCES = frozenset({"max", "amax", "mean", "sum"})
 _REARRANGE = MOVEMENT | {"cat", "roll", "flip", "pad"}
 #: reads all channels of a token at once: what lies in them is one token afterwards
 _MIX_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm"})
@@ -65,99 +79,14 @@ class Held:
     in_features: bool
 
 
-@dataclass
-class _Numbers:
-    """The token in every element of a node's value, -1 for none; mostly the same along batch and
-    channels, and then with stride 0."""
-
-    ids: Tensor
-    grid: tuple[int, int]
-    source: str | None
-
-
-def _seed(node: Node) -> _Numbers | None:
-    shape = node.meta["shape"]
-    if len(shape) != 4:
-        return None
-    height, width = shape[2:]
-    ids = torch.arange(height * width).view(1, 1, height, width).expand(shape)
-    stack = node.meta["stack"]
-    return _Numbers(ids, (height, width), stack[-1] if stack else None)
-
-
-def _kept_plane(numbers: _Numbers, shape: tuple[int, ...]) -> _Numbers | None:
-    """The same numbers after a spatial operation that keeps the plane's size: tokens stay where
-    they are, also within windows."""
-    ids = numbers.ids
-    if ids.dim() != 4 or tuple(ids.shape[2:]) != shape[2:] or ids.shape[0] != shape[0]:
-        return None
-    if _varies(ids, 1) or not _varies(ids[:, :1], 2) or not _varies(ids[:, :1], 3):
-        return None
-    return _Numbers(ids[:, :1].expand(shape), numbers.grid, numbers.source)
-
-
-def _fit(numbers: _Numbers, shape: tuple[int, ...]) -> _Numbers | None:
-    """The same numbers on a value with other channels."""
-    ids = numbers.ids
-    if tuple(ids.shape) == shape:
-        return numbers
-    if len(shape) == ids.dim() and tuple(ids.shape[:-1]) == shape[:-1] and not _varies(ids, -1):
-        return _Numbers(ids[..., :1].expand(shape), numbers.grid, numbers.source)
-    return None
-
-
-def _merged(numbers: _Numbers) -> _Numbers | None:
-    """The coarser grid of a value whose channels hold several tokens each.
-
-    Every position has to hold the same rows x columns of tokens, relative to its first one, with
-    as many channels of each.
-    """
-    ids = numbers.ids.flatten(0, -2)
-    away = ids < 0
-    rows, first_rows = _relative(ids // numbers.grid[1], away)
-    columns, first_columns = _relative(ids % numbers.grid[1], away)
-    if rows is None or columns is None or not _is_block(rows, columns):
-        return None
-    lines, new_rows = torch.unique(first_rows, return_inverse=True)
-    across, new_columns = torch.unique(first_columns, return_inverse=True)
-    empty = away.all(1)
-    # a position of padding alone sorts last and is no token
-    grid = tuple(int((t < _NOWHERE).sum()) for t in (lines, across))
-    new = torch.where(empty, -1, new_rows * grid[1] + new_columns)
-    if len(torch.unique(new[~empty])) != grid[0] * grid[1]:
-        return None
-    shape = numbers.ids.shape
-    return _Numbers(new.view(*shape[:-1], 1).expand(shape), (grid[0], grid[1]), None)
-
-
-_NOWHERE = 1 << 40
-
-
-def _relative(places: Tensor, away: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(offset of every channel's token from the first, the first): rows or columns of a
-    (positions, channels) value. No offsets where positions differ in them."""
-    first = places.masked_fill(away, _NOWHERE).amin(1)
-    offsets = places - first.unsqueeze(1)
-    smallest = offsets.masked_fill(away, _NOWHERE).amin(0)
-    largest = offsets.masked_fill(away, -_NOWHERE).amax(0)
-    return (smallest if torch.equal(smallest, largest) else None), first
-
-
-def _is_block(rows: Tensor, columns: Tensor) -> bool:
-    """Whether channels hold all combinations of some rows and columns, each equally often."""
-    pairs, counts = torch.unique(torch.stack([rows, columns]), dim=1, return_counts=True)
-    combinations = len(torch.unique(rows)) * len(torch.unique(columns))
-    return pairs.shape[1] == combinations > 1 and int(counts.min()) == int(counts.max()) > 1
-
-
 class GridFinder:
     """Token numbers of any node of a flat capture; remembers what it found."""
 
     def __init__(self) -> None:
-        self._found: dict[Node, _Numbers | None] = {}
-        self._found_parts: dict[Node, tuple[_Numbers, list[Tensor]]] = {}
+        self._found: dict[Node, Numbers | None] = {}
+        self._found_parts: dict[Node, tuple[Numbers, list[Tensor]]] = {}
 
-    def _numbers(self, node: Node) -> _Numbers | None:
+    def _numbers(self, node: Node) -> Numbers | None:
         """Depth-first without recursion: residual paths are hundreds of nodes long."""
         pending = [node]
         while pending:
@@ -178,40 +107,63 @@ class GridFinder:
         if not node.op.startswith("call_"):
             return []
         name = op_name(node)
-        if name not in _REARRANGE | TOKENWISE | _SPATIAL:
-            return []
-        if name in _SPATIAL or (name in TOKENWISE and name not in ELEMENTWISE_PAIRS):
-            return node.all_input_nodes[:1]
-        return list(node.all_input_nodes)
+        if name in _REARRANGE or name in ELEMENTWISE_PAIRS:
+            return list(node.all_input_nodes)
+        known = TOKENWISE | _SPATIAL | _ROWS | _REDUCES | {"set_item"}
+        return node.all_input_nodes[:1] if name in known else []
 
-    def _combine(self, node: Node) -> _Numbers | None:
+    def _combine(self, node: Node) -> Numbers | None:
+        if node.op == "placeholder":
+            return seed(node)  # an image; patches may be cut out of it by movement alone
         if not node.op.startswith("call_"):
             return None
         name = op_name(node)
         shape = node.meta.get("shape")
+        if name in _ROWS | _REDUCES:
+            return self._fewer(node, name, shape)
         if name in _SPATIAL and shape:
             before = next((self._found.get(n) for n in self._sources(node)), None)
-            return (_kept_plane(before, shape) if before else None) or _seed(node)
+            return (kept_plane(before, shape) if before else None) or seed(node)
         if name in _REARRANGE:
             return self._rearranged(node)
-        if name in TOKENWISE and shape:
+        if (name in TOKENWISE or name == "set_item") and shape:
             for source in self._sources(node):
                 found = self._found.get(source)
-                if found and name in _MIX_CHANNELS and _varies(found.ids, -1):
-                    found = _merged(found) or found
-                fitted = _fit(found, shape) if found else None
+                if found and name in _MIX_CHANNELS and varies(found.ids, -1):
+                    found = merged(found) or found
+                fitted = fit(found, shape) if found else None
                 if fitted:
                     return fitted
         return None
 
-    def _rearranged(self, node: Node) -> _Numbers | None:
+    def _fewer(self, node: Node, name: str, shape: tuple[int, ...] | None) -> Numbers | None:
+        """Attention, whose results lie where its queries do, and pooling over an axis of tokens."""
+        found = next((self._found.get(n) for n in self._sources(node)), None)
+        if found is None:
+            return None
+        if name in _REDUCES:
+            axis = argument(node, 1, "dim")
+            if isinstance(axis, (tuple, list)) and len(axis) == 1:
+                axis = axis[0]
+            if not isinstance(axis, int):
+                return None
+            pooled = without_axis(found, axis)
+            if shape is None:  # (values, indices)
+                if pooled:
+                    self._found_parts[node] = (pooled, [pooled.ids, pooled.ids])
+                return None
+            return fit(pooled, shape) if pooled else None
+        return rows_of(found, shape) if shape else None
+
+    def _rearranged(self, node: Node) -> Numbers | None:
         """Run the movement itself on the numbers; tensors without numbers count as prefix (-1)."""
-        origin: list[_Numbers] = []
+        origin: list[Numbers] = []
 
         def numbers_of(source: Node) -> Any:
             found = self._found.get(source)
             if found is not None:
-                origin.append(found)
+                if bool((found.ids >= 0).any()):  # prefix tokens alone are of no grid
+                    origin.append(found)
                 return found.ids
             if "shape" not in source.meta:
                 return _Parts(source)
@@ -226,10 +178,10 @@ class GridFinder:
             numbers, values = result
             index = node.args[1]
             assert isinstance(index, int)
-            return _Numbers(values[index], numbers.grid, numbers.source)
+            return Numbers(values[index], numbers.grid, numbers.source)
         args = torch.fx.map_arg(node.args, numbers_of)
         kwargs = torch.fx.map_arg(node.kwargs, numbers_of)
-        if not origin:
+        if not origin or any(o.grid != origin[0].grid for o in origin):
             return None
         try:
             if op_name(node) == "pad":
@@ -241,7 +193,7 @@ class GridFinder:
         if isinstance(value, (tuple, list)):
             self._found_parts[node] = (origin[0], list(value))
             return None
-        return _Numbers(value, origin[0].grid, origin[0].source)
+        return Numbers(value, origin[0].grid, origin[0].source)
 
     def held(self, node: Node) -> Held | None:
         """What tokens a value holds, or None where that is not known."""
@@ -249,13 +201,14 @@ class GridFinder:
         if numbers is None:
             return None
         tokens = torch.unique(numbers.ids)
-        return Held(int((tokens >= 0).sum()), numbers.grid, _varies(numbers.ids, -1))
+        return Held(int((tokens >= 0).sum()), numbers.grid, varies(numbers.ids, -1))
 
     def layout(self, stream: Node) -> Layout | str:
         """The layout of `stream`, or the reason why it has none."""
         numbers = self._numbers(stream)
         if numbers is None:
             return "no spatial operation lays out its tokens (grid not found)"
+        numbers = sub_lattice(numbers) or numbers
         ids, grid = numbers.ids, numbers.grid
         if ids.dim() == 4:
             return _grid_layout(ids, numbers)
@@ -263,7 +216,7 @@ class GridFinder:
             return (
                 f"the stream has {ids.dim()} axes; (B, N, C), (B, H, W, C) or (B, C, H, W) needed"
             )
-        moving = [axis for axis in range(3) if _varies(ids, axis)]
+        moving = [axis for axis in range(3) if varies(ids, axis)]
         if len(moving) != 1:
             return "tokens do not lie along one axis of the stream"
         axis = moving[0]
@@ -294,13 +247,9 @@ class _Parts:
 ELEMENTWISE_PAIRS = frozenset("add sub mul div where type_as lerp addcmul maximum minimum".split())
 
 
-def _varies(ids: Tensor, axis: int) -> bool:
-    return ids.shape[axis] > 1 and not torch.equal(ids, ids.narrow(axis, 0, 1).expand_as(ids))
-
-
-def _grid_layout(ids: Tensor, numbers: _Numbers) -> Layout | str:
+def _grid_layout(ids: Tensor, numbers: Numbers) -> Layout | str:
     """A 4-D stream is its own grid, as long as its tokens keep the image's order."""
-    moving = [axis for axis in range(4) if _varies(ids, axis)]
+    moving = [axis for axis in range(4) if varies(ids, axis)]
     for axes, order in (((1, 2), "BHWC"), ((2, 3), "BCHW")):
         if not set(moving) <= set(axes):
             continue

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import networkx as nx
 from torch.fx import Graph, Node
 
-from dgefx.passes.capture import Capture
+from dgefx.passes.capture import Capture, example_of
 from dgefx.passes.cores import Core, find_cores
 from dgefx.passes.grid import GridFinder, Layout
 from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
@@ -147,10 +147,18 @@ class _Residuals:
         for stream, add in self._adds_after(core):
             origin = self._origin(core, stream)
             if origin is not None:
-                return Residual(origin, add)
-            if self.descends(core.key, stream):
+                others = [
+                    label
+                    for part, label in ((core.key, "keys"), (core.value, "values"))
+                    if not self.descends(part, origin)
+                ]
+                if not others:
+                    return Residual(origin, add)
+                # queries are added to what they gave (MViT), or this is cross attention
+                reason = f"its {others[0]} do not come from the stream of its queries"
+            elif self.descends(core.key, stream):
                 reason = _FOREIGN
-            elif reason is _NO_ADD:
+            elif reason is not _FOREIGN:
                 reason = _OTHER_SHORTCUT
         return reason
 
@@ -257,7 +265,8 @@ def _query_count(core: Core, layout: Layout, batch: int) -> int:
     query = core.query.meta["shape"]
     if core.kind == "multi_head_attention_forward":
         return int(query[0] * max(query[1] // batch, 1))
-    count, lead = query[-2], query[:-2]
+    axis = core.query_axes[0]
+    count, lead = query[axis], query[: min(axis, -2)]
     if count in (layout.tokens, layout.grid[0] * layout.grid[1]) or len(lead) < 2:
         return int(count)
     # (images and windows, heads) or (images, windows, heads) in any order of the last two
@@ -275,7 +284,8 @@ def _query_reason(
     held, all_tokens = finder.held(core.query), finder.held(stream)
     if held is None or all_tokens is None:
         query, whole = core.query.meta["shape"], (tokens, layout.tokens)
-        if query[-1] in whole and query[-2] not in whole:
+        places = [query[axis] for axis in core.query_axes]
+        if not set(places) & set(whole) and set(query[-2:]) & set(whole):
             return _CHANNELS
         count = _query_count(core, layout, batch)
         same_grid = count >= tokens
@@ -294,6 +304,18 @@ def _query_reason(
     )
 
 
+def _multi_scale(core: Core, cores: list[Core]) -> str | None:
+    """Why a stream has no layout whose tokens sample several maps at once."""
+    stack = core.output.meta["stack"]
+    beside = [c for c in cores if c.kind == "grid_sample" and c.output.meta["stack"] == stack]
+    if core not in beside or len(beside) < 2:
+        return None
+    return (
+        "multi-scale deformable attention: the stream is several grids one after another, not "
+        "prefix tokens followed by the grid in raster order"
+    )
+
+
 def locate(capture: Capture, batch: int) -> list[Site]:
     """Every attention core of the captured model, with its block or the reason it has none.
 
@@ -301,7 +323,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         batch: images in the example call.
     """
     graph = capture.graph
-    cores = find_cores(graph)
+    cores = find_cores(graph, example_of)
     if not cores:
         return []
     residuals, finder = _Residuals(graph), GridFinder()
@@ -314,9 +336,6 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         if isinstance(residual, str):
             site.reason = residual
             continue
-        for part, label in ((core.key, "keys"), (core.value, "values")):
-            if not residuals.descends(part, residual.stream):
-                site.reason = f"its {label} do not come from the stream of its queries"
         owner = _owner(graph, core, residual, capture)
         if isinstance(owner, str):
             # what it asks with says more than what its module does
@@ -329,7 +348,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
         if isinstance(layout, str):
-            site.reason = site.reason or layout
+            site.reason = site.reason or _multi_scale(core, cores) or layout
             continue
         site.layout = layout
         site.reason = site.reason or _query_reason(core, site.stream, layout, finder, batch)

@@ -221,7 +221,8 @@ def _world_parts(
             if _reads(user, node, worlds, world, is_context)
             and not isinstance(trace.values.get(user), (int, torch.Size))
         ]
-        if all(user in world and _moves(user, trace) for user in readers):
+        followed = [u in world and _moves(u, trace) and u.args[0] is node for u in readers]
+        if all(followed):
             deeper = [resolve(user) for user in readers]
             if all(found is not None for found in deeper):
                 parts = {n: part for found in deeper if found for n, part in found.items()}

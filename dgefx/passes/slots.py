@@ -28,6 +28,8 @@ def axis_sizes(form: Form, layout: Layout, finder: FormFinder) -> tuple[int, ...
         grid = (finder.windows.partition or Partition.whole(grid)).size
     if len(form.axes) == 2:
         return grid
+    if form.kind == "flat":
+        return (finder.images * (grid[0] * grid[1] + (layout.prefix if form.prefix else 0)),)
     return (grid[0] * grid[1] + (layout.prefix if form.prefix else 0),)
 
 

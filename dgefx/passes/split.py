@@ -45,6 +45,8 @@ def split(trace: Trace, stream: fx.Node, layout: Layout, packs: bool = False) ->
         if core.kind == "multi_head_attention_forward":
             if form is not None and form.kind == "window" and finder.windowed:
                 raise Refused("nn.MultiheadAttention inside windows")
+        elif form is not None and form.kind == "dense":
+            raise Refused("its queries are tokens of another grid, which its query path lays out")
         elif form is None or form.kind in ("free", "moving") or form.mixes:
             if core.kind == "grid_sample":
                 raise Refused("deformable attention whose sampling grid does not follow the tokens")

@@ -22,6 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from dgefx.nn.callspec import CallSpec
@@ -124,7 +125,8 @@ class ConcolicTracer(fx.Tracer):
         self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self.leaves or isinstance(m, nn.MultiheadAttention):
+        # what keeps running statistics changes its buffers in training; some add an activation
+        if m in self.leaves or isinstance(m, (nn.MultiheadAttention, _NormBase)):
             return True
         return type(m).__module__.startswith("torch.nn") and not any(m.children())
 

@@ -52,8 +52,14 @@ class WindowForms:
     ) -> None:
         self.trace, self.worlds, self.layout = trace, worlds, layout
         self.base, self.forms, self.execute = base, forms, execute
-        shapes = [trace.values[core.query].shape for core in worlds.cores]
-        self.slots = {shape[-2] for shape in shapes if len(shape) > 1}  # tokens that attend
+        #: how many tokens may attend to each other
+        self.slots = {
+            shape[axis]
+            for core in worlds.cores
+            for shape in [trace.values[core.query].shape]
+            for axis in core.query_axes
+            if len(shape) >= -axis
+        }
         self.partition: Partition | None = None
         self.landing: fx.Node | None = None
         self.cuts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
@@ -108,6 +114,10 @@ class WindowForms:
             raise Refused("tokens are moved that are not in the image's order")
         if form.kind == "window":
             return self._window_seed(form, shape)
+        if form.kind == "flat":
+            line = [1] * len(shape)
+            line[form.axes[0]] = shape[form.axes[0]]
+            return torch.arange(1, shape[form.axes[0]] + 1).view(line).expand(shape)
         sizes = [shape[axis] for axis in form.axes]
         if torch.Size(sizes).numel() != grid[0] * grid[1]:
             return torch.full(shape, -1)

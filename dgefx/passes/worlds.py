@@ -115,7 +115,7 @@ def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
     results: list[Node] = next(n for n in trace.graph.nodes if n.op == "output").all_input_nodes
     shape = trace.values[stream].shape
     reached = nx.descendants(flow, stream)
-    moving = [n for n in results if n in reached]
+    moving = [n for n in results if n in reached and carries_tensor(trace.values.get(n))]
     fitting = [n for n in moving if getattr(trace.values[n], "shape", None) == shape]
     if not fitting:
         raise Refused("no result of the block has the shape of its input stream")
@@ -146,7 +146,7 @@ class _Walk:
 
     def __init__(self, trace: Trace, stream: Node, token_counts: frozenset[int]) -> None:
         self.trace, self.stream, self.token_counts = trace, stream, token_counts
-        self.cores = tuple(find_cores(trace.graph, trace.root))
+        self.cores = tuple(find_cores(trace.graph, trace.values.get, trace.root))
         if not self.cores:
             raise Refused("no attention in the traced block")
         # `q.type_as(v)` asks for a dtype, not for v of the queries
@@ -246,6 +246,10 @@ class _Walk:
         else:
             self.front.append((self.output, self.query))
             self._dense_tail = set()
+        # sizes that the block returns are those of the dense grid
+        for node in next(n for n in self.trace.graph.nodes if n.op == "output").all_input_nodes:
+            if self._is_size(node):
+                self.front.append((node, self.context))
 
     def run(self) -> Worlds:
         self._start()
