@@ -173,8 +173,9 @@ def analyse(
         if not sites:
             raise ValueError(
                 f"no attention found in {type(model).__name__}: looked for "
-                f"scaled_dot_product_attention, multi_head_attention_forward and matmul-softmax-"
-                f"matmul among {len(captured.graph.nodes)} operations of one forward pass"
+                f"scaled_dot_product_attention, multi_head_attention_forward, matmul-softmax-"
+                f"matmul and grid_sample weighed by a softmax among {len(captured.graph.nodes)} "
+                f"operations of one forward pass"
             )
         if filter_fn is not None:
             for site in sites:

@@ -21,8 +21,15 @@ def _is_dynamic(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool))
 
 
+def _holds_dynamic(value: Any) -> bool:
+    """Whether a list or tuple, maybe of others (the sizes of several grids), holds graph inputs."""
+    return isinstance(value, (tuple, list)) and any(
+        _is_dynamic(v) or _holds_dynamic(v) for v in value
+    )
+
+
 def _walk(value: Any, path: Path) -> list[tuple[Path, Any]]:
-    if isinstance(value, (tuple, list)) and any(_is_dynamic(v) for v in value):
+    if _holds_dynamic(value):
         return [leaf for i, v in enumerate(value) for leaf in _walk(v, (*path, i))]
     if isinstance(value, dict) and value:
         return [leaf for k, v in value.items() for leaf in _walk(v, (*path, k))]
@@ -140,7 +147,7 @@ class CallSpec:
         def build(value: Any, path: Path) -> Any:
             if path in replaced:
                 return replaced[path]
-            if isinstance(value, (tuple, list)) and any(_is_dynamic(v) for v in value):
+            if _holds_dynamic(value):
                 return tuple(build(v, (*path, i)) for i, v in enumerate(value))
             if isinstance(value, dict) and value:
                 return {k: build(v, (*path, k)) for k, v in value.items()}

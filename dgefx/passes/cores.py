@@ -2,7 +2,8 @@
 
 Shared by `passes.locate` (which works on the flat capture) and `passes.split` (which works on a
 block's own graph): scaled_dot_product_attention, multi_head_attention_forward, and attention
-written out as products around a softmax (`passes.scores`).
+written out as products around a softmax (`passes.scores`), and deformable attention, where
+queries sample a map (`passes.sampling`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node, map_arg
 
 from dgefx.passes.ops import argument, op_name
+from dgefx.passes.sampling import sampled_map
 from dgefx.passes.scores import Values, Written, WrittenAttention
 
 
@@ -49,6 +51,14 @@ def _fused_core(node: Node, kind: str) -> Core | None:
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     positions = [i if len(node.args) > i else name for i, name in enumerate(names)]
     return Core(kind, query, key, value, node, frozenset((node, p) for p in positions[1:]))
+
+
+def _sampling_core(node: Node, root: nn.Module | None) -> Core | None:
+    found = sampled_map(node, root)
+    if found is None:
+        return None
+    grid, value, place = found
+    return Core("grid_sample", grid, value, value, node, frozenset({(node, place)}), (-3, -2))
 
 
 def _written_core(written: Written) -> Core:
@@ -96,7 +106,11 @@ def find_cores(graph: Graph, values: Values, root: nn.Module | None = None) -> l
         name = op_name(node, root) if node.op.startswith("call_") else ""
         if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             core = _fused_core(node, name)
-            if core is not None:
-                cores[node] = core
+        elif name in ("grid_sample", "grid_sampler"):
+            core = _sampling_core(node, root)
+        else:
+            continue
+        if core is not None:
+            cores[node] = core
     order = {node: index for index, node in enumerate(graph.nodes)}
     return sorted(cores.values(), key=lambda core: order[core.output])

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import Tensor, fx, nn
 
 from dgefx.kernels.packed_attention import packed_attention, packed_multi_head_attention
+from dgefx.kernels.packed_sampling import packed_grid_sample
 from dgefx.kernels.ragged import (
     image_sizes,
     join_prefix,
@@ -70,6 +71,8 @@ class PackedSplitter(Splitter):
         if core is not None and node not in self.in_slots:
             if core.kind == "scaled_dot_product_attention":
                 return self._attend(core)
+            if core.kind == "grid_sample":
+                return self._sample(core)
             return self._attend_module(core)
         if self._creates_per_image(node):
             return self._create_per_image(node)
@@ -226,6 +229,33 @@ class PackedSplitter(Splitter):
                 f"{node.name}: prefix tokens are not among its queries, which packed queries of "
                 f"images of different numbers do not allow; {_INSTEAD}"
             )
+
+    def _sample(self, core: Core) -> fx.Node:
+        """Deformable attention: positions are packed queries, maps are of every image."""
+        node, form = core.output, self.forms[core.query]
+        if form.batch != 0 or form.axes[0] not in (1, 2) or len(self._shape(core.query)) != 4:
+            raise Refused(f"{node.name}: it does not sample per image and token; {_INSTEAD}")
+        self._require_prefix(node, form)
+        options: dict[str, Any] = {
+            name: argument(node, place, name, default)
+            for place, name, default in (
+                (2, "mode", "bilinear"),
+                (3, "padding_mode", "zeros"),
+                (4, "align_corners", None),
+            )
+        }
+        return self.graph.create_node(
+            "call_function",
+            packed_grid_sample,
+            (
+                self.context[core.value],
+                self._operand(core.query, False),
+                self.routing,
+                form.axes[0],
+            ),
+            options,
+            name=node.name,
+        )
 
     def _attend_module(self, core: Core) -> fx.Node:
         """nn.MultiheadAttention, from its parameters."""

@@ -35,7 +35,7 @@ from dgefx.passes.token_numbers import (
 
 _SPATIAL = frozenset(
     "conv2d conv_transpose2d max_pool2d avg_pool2d adaptive_avg_pool2d interpolate upsample "
-    "max_pool2d_with_indices".split()
+    "max_pool2d_with_indices group_norm groupnorm".split()
 )
 #: every row of the result is about the same token as that row of the first operand
 _ROWS = frozenset({"matmul", "scaled_dot_product_attention"})

@@ -332,6 +332,18 @@ def _query_reason(
     )
 
 
+def _multi_scale(core: Core, cores: list[Core]) -> str | None:
+    """Why a stream has no layout whose tokens sample several maps at once."""
+    stack = core.output.meta["stack"]
+    beside = [c for c in cores if c.kind == "grid_sample" and c.output.meta["stack"] == stack]
+    if core not in beside or len(beside) < 2:
+        return None
+    return (
+        "multi-scale deformable attention: the stream is several grids one after another, not "
+        "prefix tokens followed by the grid in raster order"
+    )
+
+
 def locate(capture: Capture, batch: int) -> list[Site]:
     """Every attention core of the captured model, with its block or the reason it has none.
 
@@ -367,7 +379,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
         if isinstance(layout, str):
-            site.reason = site.reason or layout
+            site.reason = site.reason or _multi_scale(core, cores) or layout
             continue
         site.layout = replace(layout, update=is_update)
         site.reason = site.reason or _query_reason(core, site.stream, layout, finder, batch)
@@ -392,6 +404,7 @@ def _refuse_outer_blocks(sites: list[Site]) -> None:
 def _join_shared_blocks(sites: list[Site]) -> list[Site]:
     """A block with several attentions is one site; if one of them cannot convert, none does."""
     joined: list[Site] = []
+    levels: set[tuple[str, str | None]] = set()  # one attention samples one map per level
     for site in sites:
         shared = [s for s in sites if s.name == site.name]
         refused = next((s.reason for s in shared if s.reason is not None), None)
@@ -399,6 +412,10 @@ def _join_shared_blocks(sites: list[Site]) -> list[Site]:
             continue
         if site.reason is None and refused is not None:
             site.reason = f"another attention of {site.name} does not convert: {refused}"
+        if site.core.kind == "grid_sample":
+            if (site.name, site.reason) in levels:
+                continue
+            levels.add((site.name, site.reason))
         joined.append(site)
     return joined
 

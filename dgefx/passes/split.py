@@ -49,6 +49,8 @@ def split(trace: Trace, stream: fx.Node, layout: Layout, packs: bool = False) ->
         elif form is not None and form.kind == "dense":
             raise Refused("its queries are tokens of another grid, which its query path lays out")
         elif form is None or form.kind in ("free", "moving") or form.mixes:
+            if core.kind == "grid_sample":
+                raise Refused("deformable attention whose sampling grid does not follow the tokens")
             raise Refused("channel attention: its output does not follow the tokens of its queries")
     fused = fused_projections(trace, worlds, finder.base)
     splitter = PackedSplitter if packs else Splitter

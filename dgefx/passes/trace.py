@@ -66,6 +66,12 @@ class ConcolicProxy(fx.Proxy):
     def __float__(self) -> float:
         return float(self._value)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Python takes every proxy for callable: `cond() if callable(cond) else cond` of a flag
+        if isinstance(self._value, bool):
+            return self._value
+        return super().__call__(*args, **kwargs)
+
     def __contains__(self, item: Any) -> bool:
         return item in self._value
 

@@ -98,6 +98,9 @@ class WindowForms:
             seed = self.numbers(source, values, grid)
         else:
             seed = self.seed(self.forms[source], values[source].shape, grid)
+            if self.forms[source].inner > 1:
+                # laid out as the value is: a view may join heads and channels
+                seed = torch.empty_like(values[source], dtype=seed.dtype).copy_(seed)
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda n: seed if n is source else values[n]
         )
