@@ -171,7 +171,8 @@ class Splitter:
         #: what updates add up on: the stream, or the main path's last value that replaced it
         self.base = (self.tokens, self.queries)
         if self.layout.update:
-            self.base = tuple(call(torch.zeros_like, (value,)) for value in self.base)
+            nothing = [call(torch.zeros_like, (value,)) for value in self.base]
+            self.base = (nothing[0], nothing[1])
         self.windows = call(getattr, (self.routing, "windows"))
 
     def _grid(self, stream: fx.Node) -> Any:

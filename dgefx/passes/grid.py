@@ -25,10 +25,12 @@ from dgefx.passes.token_numbers import (
     kept_plane,
     merged,
     part_grid,
+    plane_of_parts,
     rows_of,
     seed,
     sub_lattice,
     unfolded,
+    unfolded_numbers,
     varies,
     without_axis,
 )
@@ -122,7 +124,7 @@ class GridFinder:
         name = op_name(node)
         if name in _REARRANGE or name in ELEMENTWISE_PAIRS:
             return list(node.all_input_nodes)
-        known = TOKENWISE | _SPATIAL | _ROWS | _REDUCES | {"set_item"}
+        known = TOKENWISE | _SPATIAL | _ROWS | _REDUCES | {"set_item", "unfold", "im2col"}
         return node.all_input_nodes[:1] if name in known else []
 
     def _combine(self, node: Node) -> Numbers | None:
@@ -135,12 +137,16 @@ class GridFinder:
         if name in _ROWS | _REDUCES:
             return self._fewer(node, name, shape)
         if name in ("unfold", "im2col") and shape and len(shape) == 3:
-            return unfolded(node)
+            plane = self._found.get(node.all_input_nodes[0])
+            return (unfolded_numbers(plane, node) if plane else None) or unfolded(node)
         if name in _SPATIAL and shape:
             if node.all_input_nodes[0].op == "placeholder":
                 return seed(node)
             before = next((self._found.get(n) for n in self._sources(node)), None)
-            return (kept_plane(before, shape) if before else None) or seed(node)
+            if before is not None and len(shape) == 4:
+                kept = kept_plane(before, shape) or plane_of_parts(before, shape)
+                return kept or seed(node)
+            return seed(node)
         if name in _REARRANGE:
             return self._rearranged(node)
         if (name in TOKENWISE or name == "set_item") and shape:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -56,6 +57,38 @@ def unfolded(node: Node) -> Numbers | None:
     if rows * columns != shape[2]:
         return None
     return Numbers(torch.arange(shape[2]).view(1, 1, -1).expand(shape), (rows, columns), None)
+
+
+def unfolded_numbers(numbers: Numbers, node: Node) -> Numbers | None:
+    """Numbers of what F.unfold makes of a plane: movement, with zero padding."""
+    given = dict(zip(("kernel_size", "dilation", "padding", "stride"), node.args[1:], strict=False))
+    sizes: Any = {**given, **node.kwargs}
+    moved = F.unfold((numbers.ids + 1).double(), **sizes).long() - 1
+    fits = tuple(moved.shape) == node.meta["shape"]
+    return Numbers(moved, numbers.grid, numbers.source) if fits else None
+
+
+def plane_of_parts(numbers: Numbers, shape: tuple[int, ...]) -> Numbers | None:
+    """What a spatial operation lays out on parts of an image that lie next to the images: the
+    parts' own grids, side by side as the parts are. None where the value has no such parts.
+
+    Args:
+        numbers: (B * parts, C, h, w). shape: of the result.
+    """
+    ids = numbers.ids
+    if ids.dim() != 4 or ids.shape[0] != shape[0] or not varies(ids[:, :1, :1, :1], 0):
+        return None
+    first = ids[:, 0].flatten(1).amin(1)
+    rows, row = torch.unique(first // numbers.grid[1], return_inverse=True)
+    columns, column = torch.unique(first % numbers.grid[1], return_inverse=True)
+    if bool((first < 0).any()) or len(torch.unique(first)) != len(rows) * len(columns):
+        return None
+    tall, wide = shape[2:]
+    grid = (len(rows) * tall, len(columns) * wide)
+    down = (row * tall)[:, None] + torch.arange(tall)
+    right = (column * wide)[:, None] + torch.arange(wide)
+    new = down[:, :, None] * grid[1] + right[:, None, :]
+    return Numbers(new.unsqueeze(1).expand(shape), grid, None)
 
 
 def kept_plane(numbers: Numbers, shape: tuple[int, ...]) -> Numbers | None:
