@@ -22,6 +22,7 @@ from dgefx.nn.capacity import Plan
 from dgefx.passes.capture import Call, capture, record_calls
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
+from dgefx.passes.outline import Outline, outline
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
 from dgefx.passes.sizes import bound_rule
 from dgefx.passes.trace import TraceError
@@ -40,6 +41,7 @@ class Analysis:
     call: Call
     images: int
     sites: list[Site]
+    outlines: list[Outline]
     plans: dict[str, BlockPlan]
     costs: dict[str, BlockCost]
     macs_dense: int
@@ -168,6 +170,7 @@ def analyse(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         call, output = resolve_inputs(work, example_inputs)
         _require_finite(output)
+        outlines = outline(work, call)
         captured = capture(work, *call)
         sites = locate(captured, batch_size(call))
         if not sites:
@@ -178,7 +181,7 @@ def analyse(
             )
         if filter_fn is not None:
             for site in sites:
-                if site.reason is None and not filter_fn(model.get_submodule(site.name), site.name):
+                if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
                     site.reason = "left out by filter_fn"
         plans = _plan_sites(work, sites, call, config, must_convert)
         macs_dense = count_macs(work, *call)
@@ -187,7 +190,15 @@ def analyse(
     for name in silent:
         plans[name] = dataclasses.replace(plans[name], hook_source=None)
     images = batch_size(call)
-    return Analysis(work, call, images, sites, plans, costs, macs_dense, config)
+    return Analysis(work, call, images, sites, outlines, plans, costs, macs_dense, config)
+
+
+def _block_of(model: nn.Module, work: nn.Module, site: Site) -> nn.Module:
+    """A site's module in the user's model, or where that is a graph without it, in its copy."""
+    try:
+        return model.get_submodule(site.name)
+    except AttributeError:
+        return work.get_submodule(site.name)
 
 
 def _require_finite(output: Any) -> None:

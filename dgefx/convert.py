@@ -14,9 +14,9 @@ from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
+from dgefx.passes.outline import apply_outlines, restore
 from dgefx.passes.rewrite import put
 from dgefx.record import (
-    RECORD,
     Record,
     check_unsharded,
     conversion_record,
@@ -24,6 +24,7 @@ from dgefx.record import (
     describe_call,
     guessed_choices,
     open_gates,
+    set_record,
     unwrap,
 )
 from dgefx.report import Report
@@ -126,6 +127,7 @@ def install_analysis(
             f"the converted model measures a MAC ratio of {result.ratio:.3f} where its blocks add "
             f"up to {predicted:.3f}: some of them do not run as converted. Please report it"
         )
+    apply_outlines(target, analysis.outlines)
     install(target, analysis.plans, chosen, analysis.config)
     record = Record(
         analysis.config,
@@ -136,7 +138,7 @@ def install_analysis(
         analysis.macs_dense,
         analysis.images,
     )
-    setattr(target, RECORD, record)
+    set_record(target, record)
     open_gates(converted_blocks(target, record), gamma)
     return target
 
@@ -178,5 +180,6 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, GridShape):
                 del module._forward_hooks[key]
-    delattr(target, RECORD)
+    restore(target)
+    set_record(target, None)
     return target

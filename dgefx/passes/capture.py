@@ -33,7 +33,7 @@ class Capture:
     frames: dict[str, int] = field(default_factory=dict)  # calls per module
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Writes every torch call that yields tensors into a graph."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,7 +110,7 @@ _getitem.__name__ = "getitem"
 
 
 @contextlib.contextmanager
-def _module_frames(model: nn.Module, recorder: _Recorder, frames: dict[str, int]) -> Iterator[None]:
+def _module_frames(model: nn.Module, recorder: Recorder, frames: dict[str, int]) -> Iterator[None]:
     """Keeps the recorder's stack of running modules."""
     handles = []
     for name, module in model.named_modules():
@@ -131,14 +131,20 @@ def _module_frames(model: nn.Module, recorder: _Recorder, frames: dict[str, int]
             handle.remove()
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recorder: Recorder | None = None,
+) -> Capture:
     """Run `model` once and write down what it did.
 
     Args:
         model: in eval mode; hooks are added for the run and removed again.
         args, kwargs: the example call.
+        recorder: writes the graph; one for `model`, of one's own to ask it meanwhile.
     """
-    recorder = _Recorder(model)
+    recorder = recorder or Recorder(model)
     frames: dict[str, int] = {}
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     for index, leaf in enumerate(leaves):
