@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
+from dgefx.exported import is_exported_module
 from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import BlockCost
@@ -97,21 +99,54 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, DGEBlock) for module in model.modules())
 
 
+_INSTEAD = (
+    (
+        (str, Path),
+        "a path holds no architecture: build the model, load its weights into it and pass that; "
+        "dgefx.load(folder, dense_model) reads what dgefx.save wrote",
+    ),
+    (
+        Mapping,
+        "if it is a state_dict, build the model, call model.load_state_dict(...) and pass the "
+        "model; if the model is among its values, pass that one",
+    ),
+    ((tuple, list), "pass one model; what timm and others return beside it is not needed"),
+    (type, "that is a class: pass an instance of it"),
+    (Tensor, "pass the model first and the tensor as example_inputs="),
+    (fx.Graph, "pass torch.fx.GraphModule(root, graph)"),
+)
+
+
 def check_model(model: Any) -> None:
     """Raise TypeError or ValueError where `model` cannot be converted at all."""
+    if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        raise TypeError(
+            f"model is a {type(model).__name__} (TorchScript), which cannot be traced or rewritten; "
+            f"convert the nn.Module that it was made from, before torch.jit"
+        )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a ScriptModule; convert the nn.Module that it was made from")
+        hints = [hint for kinds, hint in _INSTEAD if isinstance(model, kinds)]
+        hint = f": {hints[0]}" if hints else ""
+        raise TypeError(
+            f"model must be a torch.nn.Module, an fx.GraphModule or a torch.export.ExportedProgram, "
+            f"found {type(model).__name__}{hint}"
+        )
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "model is wrapped by torch.compile; convert the model itself, then compile the result"
+            "model is wrapped by torch.compile; convert the model itself, then compile the result: "
+            "torch.compile(dgefx.convert(model._orig_mod, ...))"
         )
     if is_converted(model):
         raise ValueError(
             "model is already converted; use dgefx.revert(model) first, then convert() with the "
             "new gamma"
         )
+    for name, module in model.named_modules():
+        if name and is_exported_module(module):
+            raise ValueError(
+                f"submodule {name} is the module of an exported program, which refuses eval(); "
+                f"convert it alone, dgefx.convert(model.{name}, ...), and put the result in its place"
+            )
 
 
 def working_copy(model: nn.Module) -> nn.Module:

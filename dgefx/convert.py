@@ -6,11 +6,13 @@ import copy
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
 from dgefx.calibrate import calibrate, check_gamma
 from dgefx.calibration.images import check_iterable
 from dgefx.config import DGEConfig
+from dgefx.exported import as_module, exported_inputs
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
@@ -55,7 +57,7 @@ def _check_arguments(
 
 
 def convert(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     gamma: float = 0.5,
     *,
     example_inputs: Any = None,
@@ -72,7 +74,9 @@ def convert(
     model, were verified to equal the dense one.
 
     Args:
-        model: any `nn.Module` with residual attention blocks over image tokens.
+        model: any `nn.Module` with residual attention blocks over image tokens, an
+            `fx.GraphModule` of such a model, or a `torch.export.ExportedProgram`, of which an
+            `fx.GraphModule` is returned.
         gamma: MACs to keep, as a share of the dense model's, as
             `torch.utils.flop_counter.FlopCounterMode` counts both; in (0, 1].
         example_inputs: tensor, tuple of arguments or dict of keyword arguments the model takes;
@@ -95,10 +99,12 @@ def convert(
             convert (with the reason per block), or a model that is already converted. The model
             is unchanged then.
     """
+    inputs = exported_inputs(model) if example_inputs is None else example_inputs
+    model = as_module(model, inplace)
     value, settings = _check_arguments(model, gamma, config, filter_fn)
     if calibration is not None:
         check_iterable("calibration", calibration)
-    analysis = analyse(model, example_inputs, settings, filter_fn)
+    analysis = analyse(model, inputs, settings, filter_fn)
     chosen = _solve(analysis, value)
     target = install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)
     if calibration is None:
@@ -144,7 +150,7 @@ def install_analysis(
 
 
 def explain(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     gamma: float = 0.5,
     *,
     example_inputs: Any = None,
@@ -152,8 +158,10 @@ def explain(
     filter_fn: FilterFn | None = None,
 ) -> Report:
     """What `convert` would do, without doing it. Arguments and errors as `convert`."""
+    inputs = exported_inputs(model) if example_inputs is None else example_inputs
+    model = as_module(model)
     value, settings = _check_arguments(model, gamma, config, filter_fn)
-    analysis = analyse(model, example_inputs, settings, filter_fn, must_convert=False)
+    analysis = analyse(model, inputs, settings, filter_fn, must_convert=False)
     if not analysis.plans:
         return analysis.report(value, {})
     return analysis.report(value, _solve(analysis, value))

@@ -4,7 +4,8 @@ A flat graph has no block modules that are called. Every region that `passes.reg
 out into an `OutlinedBlock`, which takes the place of the container that its parameters lie in:
 `state_dict` keys stay. Where blocks have no container of their own (`self.norms`, `self.attns`),
 the block is added under a new name (`dge_block_0`), shares its modules with where they were and is
-left out of the `state_dict`. Calls of ATen operators are written as calls of torch on the way (`passes.aten`).
+left out of the `state_dict`. Calls of ATen operators are written as calls of torch on the way
+(`passes.aten`).
 
 The same plan is applied to the working copy and to the model that is converted. Next:
 `passes.capture`.
