@@ -121,15 +121,15 @@ def check_model(model: Any) -> None:
     """Raise TypeError or ValueError where `model` cannot be converted at all."""
     if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise TypeError(
-            f"model is a {type(model).__name__} (TorchScript), which cannot be traced or rewritten; "
-            f"convert the nn.Module that it was made from, before torch.jit"
+            f"model is a {type(model).__name__} of TorchScript, which cannot be rewritten; convert "
+            f"the nn.Module that it was made from"
         )
     if not isinstance(model, nn.Module):
         hints = [hint for kinds, hint in _INSTEAD if isinstance(model, kinds)]
         hint = f": {hints[0]}" if hints else ""
         raise TypeError(
-            f"model must be a torch.nn.Module, an fx.GraphModule or a torch.export.ExportedProgram, "
-            f"found {type(model).__name__}{hint}"
+            f"model must be a torch.nn.Module (an fx.GraphModule is one) or a "
+            f"torch.export.ExportedProgram, found {type(model).__name__}{hint}"
         )
     if hasattr(model, "_orig_mod"):
         raise ValueError(
@@ -145,7 +145,7 @@ def check_model(model: Any) -> None:
         if name and is_exported_module(module):
             raise ValueError(
                 f"submodule {name} is the module of an exported program, which refuses eval(); "
-                f"convert it alone, dgefx.convert(model.{name}, ...), and put the result in its place"
+                f"convert it alone, as dgefx.convert(model.{name}), and put the result in its place"
             )
 
 

@@ -1,7 +1,7 @@
 """Programs of `torch.export` as models: what `convert` takes besides an `nn.Module`.
 
-An exported program, or the module that `ExportedProgram.module()` makes of it, refuses `train()` and
-`eval()` and checks every call against the sizes of its export. Both become a plain
+An exported program has no modules that are called, and the module that `ExportedProgram.module()`
+makes of it refuses `train()` and `eval()` and guards the sizes of its inputs. Both become a plain
 `fx.GraphModule` with the same parameters, names and calling convention, whose blocks
 `passes.outline` finds.
 """

@@ -96,7 +96,7 @@ def test_module_of_a_program() -> None:
     assert all(p.grad is not None for p in converted.parameters())
     assert all(p.grad is None for p in module.parameters())
     for given in (program, module):
-        with pytest.raises(ValueError, match="inplace=True: .* cannot be changed itself"):
+        with pytest.raises(ValueError, match=r"inplace=True: .* cannot be changed itself"):
             dgefx.convert(given, 0.6, example_inputs=X, inplace=True)
 
 

@@ -89,6 +89,19 @@ class ConcolicAttribute(ConcolicProxy, fx.proxy.Attribute):
     """`x.shape`, or `x.view` before it is called."""
 
 
+def _wraps_layer(module: nn.Module) -> bool:
+    """Whether a module wraps one layer, `base_layer`, that it can merge itself into.
+
+    Such an adapter (as those of PEFT) can be merged, switched off or taken out later, so it stays
+    a call; what it does while traced says nothing about that.
+    """
+    layer = getattr(module, "base_layer", None)
+    can_merge = callable(getattr(module, "merge", None)) and callable(
+        getattr(module, "unmerge", None)
+    )
+    return isinstance(layer, nn.Module) and can_merge and not any(layer.children())
+
+
 _MADE_LIKE = {"new_zeros": torch.zeros, "new_ones": torch.ones, "new_full": torch.full}
 
 
@@ -118,7 +131,7 @@ class ConcolicTracer(fx.Tracer):
         self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self.leaves or isinstance(m, nn.MultiheadAttention):
+        if m in self.leaves or isinstance(m, nn.MultiheadAttention) or _wraps_layer(m):
             return True
         return type(m).__module__.startswith("torch.nn") and not any(m.children())
 
