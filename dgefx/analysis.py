@@ -202,7 +202,9 @@ def analyse(
     """
     check_model(model)
     work = working_copy(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # parts that torch.compile wraps run as they are written, to be looked into
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         call, output = resolve_inputs(work, example_inputs)
         _require_finite(output)
         outlines = outline(work, call)
