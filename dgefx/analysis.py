@@ -99,6 +99,16 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, DGEBlock) for module in model.modules())
 
 
+_QUANTISED = (
+    "Its weights are of type {}, as quantised ones are, and may round otherwise in the converted "
+    "block: convert the model first and quantise the converted one"
+)
+_COMPILED = (
+    "it is itself wrapped by torch.compile(block); put block._orig_mod back in its place and "
+    "compile it after the conversion, or compile it with block.compile()"
+)
+
+#: what is passed for a model by mistake, and what to pass
 _INSTEAD = (
     (
         (str, Path),
@@ -216,6 +226,10 @@ def analyse(
                 f"scaled_dot_product_attention, multi_head_attention_forward and matmul-softmax-"
                 f"matmul among {len(captured.graph.nodes)} operations of one forward pass"
             )
+        for site in sites:
+            # the wrapper would go on calling the module that it was given
+            if site.reason is None and site.name.rpartition(".")[2] == "_orig_mod":
+                site.reason = _COMPILED
         if filter_fn is not None:
             for site in sites:
                 if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
@@ -273,10 +287,22 @@ def _plan_sites(
             site.reason = f"{type(error).__name__}: {error}"
             continue
         plans[site.name] = plan
+    for site in sites:
+        kind = _quantised(work.get_submodule(site.name)) if site.name in names else None
+        if kind is not None and site.reason is not None:
+            site.reason = f"{site.reason}. {_QUANTISED.format(kind)}"
+            if must_convert:
+                raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
     if not plans and must_convert:
         looked = "\n".join(f"  {site.name or '(root)'}: {site.reason}" for site in sites)
         raise ValueError(f"no attention block could be converted; looked at\n{looked}")
     return plans
+
+
+def _quantised(block: nn.Module) -> str | None:
+    """The type of a block's weights, where that is not torch's own."""
+    types = {type(parameter.data) for parameter in block.parameters()} - {Tensor}
+    return next((kind.__name__ for kind in types), None)
 
 
 def _price(
