@@ -395,9 +395,21 @@ def strip_user_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
+def copy_block(block: nn.Module) -> nn.Module:
+    """A copy of a block, which shares its hooks: they may belong to all of the model."""
+    hooks = (
+        hook
+        for module in block.modules()
+        for kept in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in kept.values()
+        if not str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch.")
+    )
+    return copy.deepcopy(block, {id(hook): hook for hook in hooks})
+
+
 def shadow(block: nn.Module) -> nn.Module:
     """A copy to trace and try things on."""
-    return strip_user_hooks(copy.deepcopy(block))
+    return strip_user_hooks(copy_block(block))
 
 
 def _childless(root: nn.Module) -> frozenset[nn.Module]:

@@ -9,7 +9,6 @@ example input, with its real parameters.
 from __future__ import annotations
 
 import contextlib
-import copy
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from dgefx.passes.chance import WithoutChance
 from dgefx.passes.forms import randomise_constants
 from dgefx.passes.grid import Layout
 from dgefx.passes.rewrite import BlockPlan, build_block
+from dgefx.passes.trace import copy_block
 from dgefx.passes.worlds import Refused
 
 #: of the block's update (its output less its input) or the model's output, in float32
@@ -171,7 +171,7 @@ def verify_block(
     """
     generator = torch.Generator().manual_seed(3)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        copied = copy.deepcopy(dense)
+        copied = copy_block(dense)
         randomise_constants(copied)
         example = _stream(call, shape)
         noise = torch.randn(example.shape, generator=generator).to(example)
@@ -179,7 +179,7 @@ def verify_block(
             # two copies: train mode may update running statistics
             reference, other = copied, copied
             if training:
-                reference, other = copy.deepcopy(copied), copy.deepcopy(copied)
+                reference, other = copy_block(copied), copy_block(copied)
             reference.train(training)
             converted = build_block(other.train(training), plan, config, _grid_shape(plan))
             label = "train mode at the finest granularity" if training else "the finest granularity"
@@ -195,7 +195,7 @@ def verify_block(
                     chance = WithoutChance(per_element=True)
                     _compare(converted, reference, probe, chance, seed, noise, label)
         # train mode draws dropout per query, so there only shapes and finiteness can be checked
-        trained = copy.deepcopy(copied).train()
+        trained = copy_block(copied).train()
         converted = build_block(trained, plan, config, _grid_shape(plan))
         _verify_coarse(None, converted, plan, call, shape, config, generator)
         copied.eval()
