@@ -131,16 +131,13 @@ def check_model(model: Any) -> None:
     """Raise TypeError or ValueError where `model` cannot be converted at all."""
     if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise TypeError(
-            f"model is a {type(model).__name__} of TorchScript, which cannot be rewritten; convert "
+            f"model is a ScriptModule ({type(model).__name__}), which cannot be rewritten; convert "
             f"the nn.Module that it was made from"
         )
     if not isinstance(model, nn.Module):
         hints = [hint for kinds, hint in _INSTEAD if isinstance(model, kinds)]
-        hint = f": {hints[0]}" if hints else ""
-        raise TypeError(
-            f"model must be a torch.nn.Module (an fx.GraphModule is one) or a "
-            f"torch.export.ExportedProgram, found {type(model).__name__}{hint}"
-        )
+        hint = hints[0] if hints else "an exported program and an fx.GraphModule are taken too"
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}: {hint}")
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "model is wrapped by torch.compile; convert the model itself, then compile the result: "

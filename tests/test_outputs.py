@@ -158,5 +158,5 @@ def test_wrong_kinds_say_what_to_pass(given: Any, message: str) -> None:
 
 def test_torchscript_says_what_to_pass() -> None:
     scripted = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
-    with pytest.raises(TypeError, match="convert the nn.Module that it was made from"):
+    with pytest.raises(TypeError, match=r"convert the nn\.Module that it was made from"):
         dgefx.convert(scripted, 0.6)
