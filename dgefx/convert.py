@@ -100,13 +100,13 @@ def convert(
             is unchanged then.
     """
     inputs = exported_inputs(model) if example_inputs is None else example_inputs
-    model = as_module(model, inplace)
-    value, settings = _check_arguments(model, gamma, config, filter_fn)
+    dense: nn.Module = as_module(model, inplace)
+    value, settings = _check_arguments(dense, gamma, config, filter_fn)
     if calibration is not None:
         check_iterable("calibration", calibration)
-    analysis = analyse(model, inputs, settings, filter_fn)
+    analysis = analyse(dense, inputs, settings, filter_fn)
     chosen = _solve(analysis, value)
-    target = install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)
+    target = install_analysis(dense if inplace else copy.deepcopy(dense), analysis, value, chosen)
     if calibration is None:
         return target
     try:
@@ -159,9 +159,9 @@ def explain(
 ) -> Report:
     """What `convert` would do, without doing it. Arguments and errors as `convert`."""
     inputs = exported_inputs(model) if example_inputs is None else example_inputs
-    model = as_module(model)
-    value, settings = _check_arguments(model, gamma, config, filter_fn)
-    analysis = analyse(model, inputs, settings, filter_fn, must_convert=False)
+    dense: nn.Module = as_module(model)
+    value, settings = _check_arguments(dense, gamma, config, filter_fn)
+    analysis = analyse(dense, inputs, settings, filter_fn, must_convert=False)
     if not analysis.plans:
         return analysis.report(value, {})
     return analysis.report(value, _solve(analysis, value))

@@ -27,7 +27,7 @@ _FUNCTIONS = (
 _METHODS = "view expand contiguous repeat view_as reshape_as expand_as type_as size".split()
 _NN_FUNCTIONS = (
     "linear layer_norm rms_norm conv2d gelu silu dropout scaled_dot_product_attention pad "
-    "softplus hardswish hardsigmoid elu leaky_relu group_norm max_pool2d avg_pool2d "
+    "softplus hardswish hardsigmoid leaky_relu group_norm max_pool2d avg_pool2d "
     "adaptive_avg_pool2d"
 ).split()
 #: checks that say nothing about values, but would count as reading them
@@ -43,8 +43,9 @@ def _slice(node: fx.Node) -> tuple[Any, ...]:
     given.update(node.kwargs)
     dim, end = given.get("dim", 0), given.get("end")
     part = slice(given.get("start"), None if end == 2**63 - 1 else end, given.get("step", 1))
-    around = (slice(None),) * dim if dim >= 0 else (Ellipsis,)  # type: ignore[operator]
-    after = () if dim >= 0 else (slice(None),) * (-dim - 1)  # type: ignore[operator]
+    assert isinstance(dim, int)
+    around: tuple[Any, ...] = (slice(None),) * dim if dim >= 0 else (Ellipsis,)
+    after: tuple[Any, ...] = () if dim >= 0 else (slice(None),) * (-dim - 1)
     return given["self"], (*around, part, *after)
 
 
@@ -82,9 +83,9 @@ def _lower(node: fx.Node, name: str) -> None:
     if found is None:
         return
     node.op, node.target = found
-    if name == "layer_norm":
+    if name in ("layer_norm", "group_norm"):
         node.args = args[:5]  # without cudnn_enable
-    elif name in ("expand", "squeeze_"):
+    elif name == "expand":
         kwargs.pop("implicit", None)
         node.kwargs = kwargs
 

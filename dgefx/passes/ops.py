@@ -29,6 +29,7 @@ _ALIASES = {
     "alpha_dropout": "dropout",
     "nondynamicallyquantizablelinear": "linear",
     "mm": "matmul",
+    "to_copy": "to",
     "unsafe_view": "view",
     "convolution": "conv2d",
     "upsample_bilinear2d": "upsample",
