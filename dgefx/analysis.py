@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
+from dgefx.exported import is_exported_module
 from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import BlockCost
@@ -22,6 +24,7 @@ from dgefx.nn.capacity import Plan
 from dgefx.passes.capture import Call, capture, record_calls
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
+from dgefx.passes.outline import Outline, outline
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
 from dgefx.passes.sizes import bound_rule
 from dgefx.passes.trace import TraceError
@@ -40,6 +43,7 @@ class Analysis:
     call: Call
     images: int
     sites: list[Site]
+    outlines: list[Outline]
     plans: dict[str, BlockPlan]
     costs: dict[str, BlockCost]
     macs_dense: int
@@ -95,21 +99,61 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, DGEBlock) for module in model.modules())
 
 
+_QUANTISED = (
+    "Its weights are of type {}, as quantised ones are, and may round otherwise in the converted "
+    "block: convert the model first and quantise the converted one"
+)
+_COMPILED = (
+    "it is itself wrapped by torch.compile(block); put block._orig_mod back in its place and "
+    "compile it after the conversion, or compile it with block.compile()"
+)
+
+#: what is passed for a model by mistake, and what to pass
+_INSTEAD = (
+    (
+        (str, Path),
+        "a path holds no architecture: build the model, load its weights into it and pass that; "
+        "dgefx.load(folder, dense_model) reads what dgefx.save wrote",
+    ),
+    (
+        Mapping,
+        "if it is a state_dict, build the model, call model.load_state_dict(...) and pass the "
+        "model; if the model is among its values, pass that one",
+    ),
+    ((tuple, list), "pass one model; what timm and others return beside it is not needed"),
+    (type, "that is a class: pass an instance of it"),
+    (Tensor, "pass the model first and the tensor as example_inputs="),
+    (fx.Graph, "pass torch.fx.GraphModule(root, graph)"),
+)
+
+
 def check_model(model: Any) -> None:
     """Raise TypeError or ValueError where `model` cannot be converted at all."""
+    if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        raise TypeError(
+            f"model is a ScriptModule ({type(model).__name__}), which cannot be rewritten; convert "
+            f"the nn.Module that it was made from"
+        )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a ScriptModule; convert the nn.Module that it was made from")
+        hints = [hint for kinds, hint in _INSTEAD if isinstance(model, kinds)]
+        hint = hints[0] if hints else "an exported program and an fx.GraphModule are taken too"
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}: {hint}")
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "model is wrapped by torch.compile; convert the model itself, then compile the result"
+            "model is wrapped by torch.compile; convert the model itself, then compile the result: "
+            "torch.compile(dgefx.convert(model._orig_mod, ...))"
         )
     if is_converted(model):
         raise ValueError(
             "model is already converted; use dgefx.revert(model) first, then convert() with the "
             "new gamma"
         )
+    for name, module in model.named_modules():
+        if name and is_exported_module(module):
+            raise ValueError(
+                f"submodule {name} is the module of an exported program, which refuses eval(); "
+                f"convert it alone, as dgefx.convert(model.{name}), and put the result in its place"
+            )
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -165,9 +209,12 @@ def analyse(
     """
     check_model(model)
     work = working_copy(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # parts that torch.compile wraps run as they are written, to be looked into
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         call, output = resolve_inputs(work, example_inputs)
         _require_finite(output)
+        outlines = outline(work, call)
         captured = capture(work, *call)
         sites = locate(captured, batch_size(call))
         if not sites:
@@ -177,9 +224,13 @@ def analyse(
                 f"matmul and grid_sample weighed by a softmax among {len(captured.graph.nodes)} "
                 f"operations of one forward pass"
             )
+        for site in sites:
+            # the wrapper would go on calling the module that it was given
+            if site.reason is None and site.name.rpartition(".")[2] == "_orig_mod":
+                site.reason = _COMPILED
         if filter_fn is not None:
             for site in sites:
-                if site.reason is None and not filter_fn(model.get_submodule(site.name), site.name):
+                if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
                     site.reason = "left out by filter_fn"
         plans = _plan_sites(work, sites, call, config, must_convert)
         macs_dense = count_macs(work, *call)
@@ -189,7 +240,15 @@ def analyse(
     for name in silent:
         plans[name] = dataclasses.replace(plans[name], hook_source=None)
     images = batch_size(call)
-    return Analysis(work, call, images, sites, plans, costs, macs_dense, config)
+    return Analysis(work, call, images, sites, outlines, plans, costs, macs_dense, config)
+
+
+def _block_of(model: nn.Module, work: nn.Module, site: Site) -> nn.Module:
+    """A site's module in the user's model, or where that is a graph without it, in its copy."""
+    try:
+        return model.get_submodule(site.name)
+    except AttributeError:
+        return work.get_submodule(site.name)
 
 
 def _require_finite(output: Any) -> None:
@@ -227,6 +286,12 @@ def _plan_sites(
             site.reason = f"{type(error).__name__}: {error}"
             continue
         plans[site.name] = plan
+    for site in sites:
+        kind = _quantised(work.get_submodule(site.name)) if site.name in names else None
+        if kind is not None and site.reason is not None:
+            site.reason = f"{site.reason}. {_QUANTISED.format(kind)}"
+            if must_convert:
+                raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
     _require_plans(sites, plans, must_convert)
     return plans
 
@@ -252,6 +317,12 @@ def _drop_without_gain(
         site.reason = f"nothing to save: even at its coarsest it costs {share:.2f} of the dense one"
         del plans[site.name], costs[site.name]
     _require_plans(sites, plans, must_convert)
+
+
+def _quantised(block: nn.Module) -> str | None:
+    """The type of a block's weights, where that is not torch's own."""
+    types = {type(parameter.data) for parameter in block.parameters()} - {Tensor}
+    return next((kind.__name__ for kind in types), None)
 
 
 def _price(

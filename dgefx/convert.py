@@ -6,17 +6,19 @@ import copy
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
 from dgefx.calibrate import calibrate, check_gamma
 from dgefx.calibration.images import check_iterable
 from dgefx.config import DGEConfig
+from dgefx.exported import as_module, exported_inputs
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
+from dgefx.passes.outline import apply_outlines, restore
 from dgefx.passes.rewrite import put
 from dgefx.record import (
-    RECORD,
     Record,
     check_unsharded,
     conversion_record,
@@ -24,6 +26,7 @@ from dgefx.record import (
     describe_call,
     guessed_choices,
     open_gates,
+    set_record,
     unwrap,
 )
 from dgefx.report import Report
@@ -54,7 +57,7 @@ def _check_arguments(
 
 
 def convert(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     gamma: float = 0.5,
     *,
     example_inputs: Any = None,
@@ -71,7 +74,9 @@ def convert(
     model, were verified to equal the dense one.
 
     Args:
-        model: any `nn.Module` with residual attention blocks over image tokens.
+        model: any `nn.Module` with residual attention blocks over image tokens, an
+            `fx.GraphModule` of such a model, or a `torch.export.ExportedProgram`, of which an
+            `fx.GraphModule` is returned.
         gamma: MACs to keep, as a share of the dense model's, as
             `torch.utils.flop_counter.FlopCounterMode` counts both; in (0, 1].
         example_inputs: tensor, tuple of arguments or dict of keyword arguments the model takes;
@@ -94,12 +99,14 @@ def convert(
             convert (with the reason per block), or a model that is already converted. The model
             is unchanged then.
     """
-    value, settings = _check_arguments(model, gamma, config, filter_fn)
+    inputs = exported_inputs(model) if example_inputs is None else example_inputs
+    dense: nn.Module = as_module(model, inplace)
+    value, settings = _check_arguments(dense, gamma, config, filter_fn)
     if calibration is not None:
         check_iterable("calibration", calibration)
-    analysis = analyse(model, example_inputs, settings, filter_fn)
+    analysis = analyse(dense, inputs, settings, filter_fn)
     chosen = _solve(analysis, value)
-    target = install_analysis(model if inplace else copy.deepcopy(model), analysis, value, chosen)
+    target = install_analysis(dense if inplace else copy.deepcopy(dense), analysis, value, chosen)
     if calibration is None:
         return target
     try:
@@ -126,6 +133,7 @@ def install_analysis(
             f"the converted model measures a MAC ratio of {result.ratio:.3f} where its blocks add "
             f"up to {predicted:.3f}: some of them do not run as converted. Please report it"
         )
+    apply_outlines(target, analysis.outlines)
     install(target, analysis.plans, chosen, analysis.config)
     record = Record(
         analysis.config,
@@ -136,13 +144,13 @@ def install_analysis(
         analysis.macs_dense,
         analysis.images,
     )
-    setattr(target, RECORD, record)
+    set_record(target, record)
     open_gates(converted_blocks(target, record), gamma)
     return target
 
 
 def explain(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     gamma: float = 0.5,
     *,
     example_inputs: Any = None,
@@ -150,8 +158,10 @@ def explain(
     filter_fn: FilterFn | None = None,
 ) -> Report:
     """What `convert` would do, without doing it. Arguments and errors as `convert`."""
-    value, settings = _check_arguments(model, gamma, config, filter_fn)
-    analysis = analyse(model, example_inputs, settings, filter_fn, must_convert=False)
+    inputs = exported_inputs(model) if example_inputs is None else example_inputs
+    dense: nn.Module = as_module(model)
+    value, settings = _check_arguments(dense, gamma, config, filter_fn)
+    analysis = analyse(dense, inputs, settings, filter_fn, must_convert=False)
     if not analysis.plans:
         return analysis.report(value, {})
     return analysis.report(value, _solve(analysis, value))
@@ -178,5 +188,6 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, GridShape):
                 del module._forward_hooks[key]
-    delattr(target, RECORD)
+    restore(target)
+    set_record(target, None)
     return target

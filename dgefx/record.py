@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dgefx.analysis import is_converted
 from dgefx.config import DGEConfig
@@ -65,6 +65,27 @@ class Record:
         return self.macs_dense - sum(cost.dense for cost in self.costs.values())
 
 
+def set_record(model: nn.Module, record: Record | None) -> None:
+    """Keep `record` on a converted model; None takes it away.
+
+    Copies of a graph module keep its `meta` and no other attribute, pickled ones all but `meta`.
+    """
+    kept: list[dict[str, Any]] = [vars(model)]
+    if isinstance(model, fx.GraphModule):
+        kept.append(model.meta)
+    for attributes in kept:
+        attributes.pop(RECORD, None)
+        if record is not None:
+            attributes[RECORD] = record
+
+
+def _record_on(model: Any) -> Any:
+    record = getattr(model, RECORD, None)
+    if record is None and isinstance(model, fx.GraphModule):
+        return model.meta.get(RECORD)
+    return record
+
+
 def conversion_record(model: Any) -> Record:
     """How `model` was converted.
 
@@ -73,9 +94,9 @@ def conversion_record(model: Any) -> Record:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    record = getattr(unwrap(model), RECORD, None)
+    record = _record_on(unwrap(model))
     inner = getattr(model, "module", None)
-    if record is None and isinstance(getattr(inner, RECORD, None), Record):
+    if record is None and isinstance(_record_on(inner), Record):
         raise ValueError(f"model wraps a converted one in {type(model).__name__}; pass its .module")
     if not isinstance(record, Record) or not is_converted(model):
         raise ValueError("model is not a converted one; call dgefx.convert(model) first")

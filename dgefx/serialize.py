@@ -18,6 +18,7 @@ from torch import nn
 from dgefx.analysis import Analysis, analyse
 from dgefx.config import DGEConfig
 from dgefx.convert import install_analysis
+from dgefx.exported import as_module
 from dgefx.kernels.correction import Correction
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import plan_of
@@ -173,6 +174,7 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
             f"{path / CONFIG_FILE} has format {content.get('format')!r}, this dgefx reads "
             f"{_READABLE}"
         )
+    dense_model = as_module(dense_model)
     config, slots = DGEConfig.from_dict(content["config"]), content["slots"]
     inputs = example_inputs
     if inputs is None:

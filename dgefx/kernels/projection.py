@@ -8,12 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def weight_rows(weight: Tensor, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a weight (F, C) or bias (F,)."""
     return weight[start:stop]
+
+
+def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+    """Features [start, stop) of `layer(x)`.
+
+    Args:
+        layer: an `nn.Linear`, of which only these rows are computed; or what was put into its place
+            after the conversion (an adapter, a quantised layer), which is called.
+        x: (..., C).
+    """
+    if type(layer) is not nn.Linear:
+        projected: Tensor = layer(x)
+        return projected[..., start:stop]
+    bias = None if layer.bias is None else weight_rows(layer.bias, start, stop)
+    return nn.functional.linear(x, weight_rows(layer.weight, start, stop), bias)
 
 
 def arrange_projection(

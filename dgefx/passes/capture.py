@@ -10,8 +10,10 @@ graph that is. Next: `passes.locate`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class Capture:
     frames: dict[str, int] = field(default_factory=dict)  # calls per module
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Writes every torch call that yields tensors into a graph."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,7 +161,7 @@ _getitem.__name__ = "getitem"
 
 
 @contextlib.contextmanager
-def _module_frames(model: nn.Module, recorder: _Recorder, frames: dict[str, int]) -> Iterator[None]:
+def _module_frames(model: nn.Module, recorder: Recorder, frames: dict[str, int]) -> Iterator[None]:
     """Keeps the recorder's stack of running modules."""
     handles = []
     for name, module in model.named_modules():
@@ -180,30 +182,55 @@ def _module_frames(model: nn.Module, recorder: _Recorder, frames: dict[str, int]
             handle.remove()
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recorder: Recorder | None = None,
+) -> Capture:
     """Run `model` once and write down what it did.
 
     Args:
         model: in eval mode; hooks are added for the run and removed again.
         args, kwargs: the example call.
+        recorder: writes the graph; one for `model`, of one's own to ask it meanwhile.
     """
-    recorder = _Recorder(model)
+    recorder = recorder or Recorder(model)
     frames: dict[str, int] = {}
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     for index, leaf in enumerate(leaves):
         recorder.input(leaf, f"input_{index}")
     with torch.no_grad(), _module_frames(model, recorder, frames), recorder:
         output = model(*args, **kwargs)
-    results = _tensors(output)
+    results = tensors_in(output)
     recorder.graph.output(tuple(recorder.node_of(value) for value in results))
     return Capture(recorder.graph, output, frames)
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of any output: tensor, tuple, dict or a dataclass-like dict (Hugging Face)."""
-    if isinstance(output, dict):
-        output = dict(output)
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of any output, in order: tuples, dicts, transformers' outputs, dataclasses and
+    named containers in any nesting."""
+    found: list[Tensor] = []
+    pending = [output]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            pending.extend(reversed(list(value.values())))
+        elif isinstance(value, (tuple, list)):
+            pending.extend(reversed(value))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            pending.extend(
+                getattr(value, field.name, None) for field in reversed(dataclasses.fields(value))
+            )
+        elif isinstance(value, SimpleNamespace):
+            pending.extend(reversed(list(vars(value).values())))
+        else:
+            leaves = pytree.tree_leaves(value)  # of containers that were registered
+            if not any(leaf is value for leaf in leaves):
+                pending.extend(reversed(leaves))
+    return found
 
 
 def record_calls(

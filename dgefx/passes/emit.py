@@ -28,7 +28,7 @@ from dgefx.kernels.layout import (
     to_tokens,
 )
 from dgefx.kernels.pool import pool, pool_onto
-from dgefx.kernels.projection import arrange_projection, weight_rows
+from dgefx.kernels.projection import arrange_projection, linear_rows, weight_rows
 from dgefx.kernels.stencil import stencil_conv
 from dgefx.kernels.unpool import corrected, unpool_add
 from dgefx.kernels.window import (
@@ -442,15 +442,12 @@ class Splitter:
         self, linear: fx.Node, first: int, last: int, env: dict[fx.Node, Any]
     ) -> fx.Node:
         source, weight, bias = linear_operands(linear)
+        if linear.op == "call_module":
+            layer = self.graph.create_node("get_attr", str(linear.target))
+            return self.graph.call_function(linear_rows, (layer, env[source], first, last))
         rows: list[fx.Node | None] = []
         for operand in (weight, bias):
-            if isinstance(operand, str):
-                module, _, name = operand.rpartition(".")
-                owner = self.trace.root.get_submodule(module)
-                exists = getattr(owner, name) is not None
-                value = self.graph.create_node("get_attr", operand) if exists else None
-            else:
-                value = self.context[operand] if isinstance(operand, fx.Node) else None
+            value = self.context[operand] if isinstance(operand, fx.Node) else None
             if value is None:
                 rows.append(None)
             else:

@@ -39,7 +39,9 @@ def randomise_constants(module: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            if parameter.is_floating_point() and parameter.numel():
+            # quantised weights and the like are tensors of their own kind, and no constants
+            plain = type(parameter.data) is Tensor
+            if plain and parameter.is_floating_point() and parameter.numel():
                 spread = parameter.max() - parameter.min()
                 if spread <= 1e-3 * parameter.abs().max():
                     noise = torch.rand(parameter.shape, generator=generator) - 0.5

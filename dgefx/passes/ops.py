@@ -28,6 +28,13 @@ _ALIASES = {
     "drop_path": "dropout",
     "alpha_dropout": "dropout",
     "nondynamicallyquantizablelinear": "linear",
+    "mm": "matmul",
+    "to_copy": "to",
+    "unsafe_view": "view",
+    "convolution": "conv2d",
+    "upsample_bilinear2d": "upsample",
+    "upsample_bicubic2d": "upsample",
+    "upsample_nearest2d": "upsample",
 }
 
 _REFLECTED = {"radd": "add", "rmul": "mul", "rsub": "sub", "rtruediv": "div", "rmatmul": "matmul"}
@@ -85,7 +92,9 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
     if node.op == "call_method":
         return _normalise(str(node.target))
     if node.op == "call_function":
-        return _normalise(getattr(node.target, "__name__", str(node.target)))
+        # an ATen overload is called "linear.default"
+        target = getattr(node.target, "overloadpacket", node.target)
+        return _normalise(getattr(target, "__name__", str(target)))
     return node.op
 
 

@@ -7,7 +7,6 @@ the dense one on smaller and larger grids; its rule is bound to those on which t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -20,6 +19,7 @@ from dgefx.nn.block import GridShape
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.rewrite import BlockPlan, build_block
+from dgefx.passes.trace import copy_block
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error
 
 
@@ -50,7 +50,7 @@ def _agrees(
     """Whether both blocks yield the same; None where the dense one does not take the grid."""
     args, kwargs = call
     # copies: a block may note down the size that it saw, and write its update into its input
-    reference, other = copy.deepcopy(dense).eval(), copy.deepcopy(dense).eval()
+    reference, other = copy_block(dense).eval(), copy_block(dense).eval()
     with torch.no_grad():
         try:
             wanted = reference(*_copied(args), **_copied(kwargs))

@@ -96,6 +96,19 @@ class ConcolicAttribute(ConcolicProxy, fx.proxy.Attribute):
     """`x.shape`, or `x.view` before it is called."""
 
 
+def _wraps_layer(module: nn.Module) -> bool:
+    """Whether a module wraps one layer, `base_layer`, that it can merge itself into.
+
+    Such an adapter (as those of PEFT) can be merged, switched off or taken out later, so it stays
+    a call; what it does while traced says nothing about that.
+    """
+    layer = getattr(module, "base_layer", None)
+    can_merge = callable(getattr(module, "merge", None)) and callable(
+        getattr(module, "unmerge", None)
+    )
+    return isinstance(layer, nn.Module) and can_merge and not any(layer.children())
+
+
 _MADE_LIKE = {"new_zeros": torch.zeros, "new_ones": torch.ones, "new_full": torch.full}
 
 
@@ -126,7 +139,7 @@ class ConcolicTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # what keeps running statistics changes its buffers in training; some add an activation
-        if m in self.leaves or isinstance(m, (nn.MultiheadAttention, _NormBase)):
+        if m in self.leaves or isinstance(m, (nn.MultiheadAttention, _NormBase)) or _wraps_layer(m):
             return True
         return type(m).__module__.startswith("torch.nn") and not any(m.children())
 
@@ -390,9 +403,21 @@ def strip_user_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
+def copy_block(block: nn.Module) -> nn.Module:
+    """A copy of a block, which shares its hooks: they may belong to all of the model."""
+    hooks = (
+        hook
+        for module in block.modules()
+        for kept in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in kept.values()
+        if not str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch.")
+    )
+    return copy.deepcopy(block, {id(hook): hook for hook in hooks})
+
+
 def shadow(block: nn.Module) -> nn.Module:
     """A copy to trace and try things on."""
-    return strip_user_hooks(copy.deepcopy(block))
+    return strip_user_hooks(copy_block(block))
 
 
 def _childless(root: nn.Module) -> frozenset[nn.Module]:
