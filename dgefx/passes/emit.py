@@ -115,6 +115,7 @@ class Splitter:
         self.in_slots = SlotChooser(trace, worlds, finder).choose()
         self.uses_windows = finder.windowed or bool(self.in_slots)
         self.context: dict[fx.Node, Any] = {}
+        self.unpooled: dict[fx.Node, fx.Node] = {}
         self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
         self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
         self.constant_names: dict[str, str] = {}
@@ -656,19 +657,9 @@ class Splitter:
         """Un-pool, the operation as it is, pool."""
 
         def dense(source: fx.Node, crosses: bool) -> Any:
-            emitted = self._operand(source, crosses)
-            source_form = self.forms.get(source)
-            if crosses or source_form is None or source_form.kind in ("free", "dense"):
-                return emitted
-            if source_form.batch != 0:
-                raise Refused(f"{node.name} mixes tokens with images merged into another axis")
-            if source_form.kind == "flat":
-                operands = (emitted, self.routing, source_form.prefix)
-                return self.graph.call_function(unpool_flat, operands)
-            return self.graph.call_function(
-                unpool_value,
-                (emitted, self.routing, source_form.axes, source_form.prefix, source_form.inner),
-            )
+            if isinstance(self.trace.values[source], int) and not crosses:
+                return self._unpooled_size(source)
+            return self._operand(source, crosses) if crosses else self._unpooled(source, node)
 
         args, kwargs = map_sources(node, self.worlds.edges, dense)
         result = self._create(node, args, kwargs)
@@ -683,3 +674,32 @@ class Splitter:
         return self.graph.call_function(
             pool_value, (result, self.routing, form.axes, form.prefix, form.inner)
         )
+
+    def _unpooled(self, source: fx.Node, reader: fx.Node) -> Any:
+        """A value of the query path on all tokens."""
+        emitted, form = self._operand(source, False), self.forms.get(source)
+        if form is None or source not in self.worlds.asking or form.kind in ("free", "dense"):
+            return emitted
+        if form.batch != 0:
+            raise Refused(f"{reader.name} mixes tokens with images merged into another axis")
+        if source not in self.unpooled:
+            call, routing = self.graph.call_function, self.routing
+            if form.kind == "flat":
+                found = call(unpool_flat, (emitted, routing, form.prefix))
+            else:
+                operands = (emitted, routing, form.axes, form.prefix, form.inner)
+                found = call(unpool_value, operands)
+            self.unpooled[source] = found
+        return self.unpooled[source]
+
+    def _unpooled_size(self, size: fx.Node) -> Any:
+        """A size that is computed from those of query path values, on all tokens."""
+        read = size_read(size, self.trace)
+        if read is not None and read[0] in self.forms and read[0] in self.worlds.asking:
+            return self.graph.call_method("size", (self._unpooled(read[0], size), read[1]))
+        sources = size.all_input_nodes
+        numbers = all(isinstance(self.trace.values[n], int) for n in sources)
+        if size.op == "call_function" and sources and numbers:
+            args, kwargs = fx.map_arg((size.args, size.kwargs), self._unpooled_size)
+            return self.graph.call_function(size.target, args, kwargs)  # type: ignore[arg-type]
+        return self._operand(size, False)

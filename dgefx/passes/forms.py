@@ -19,6 +19,7 @@ from dgefx.passes.chance import WithoutChance
 from dgefx.passes.cores import map_sources
 from dgefx.passes.form import Form, Probe, stream_form
 from dgefx.passes.grid import Layout
+from dgefx.passes.island_forms import IslandForms
 from dgefx.passes.ops import op_name
 from dgefx.passes.trace import Trace, run_node
 from dgefx.passes.window_forms import WindowForms
@@ -71,6 +72,7 @@ class FormFinder:
         self.windows = WindowForms(
             self.trace, self.worlds, self.layout, self.base, self.forms, self._execute
         )
+        self.islands = IslandForms(self)
 
     @property
     def images(self) -> int:
@@ -211,15 +213,22 @@ class FormFinder:
         if op_name(node, self.trace.root) in _UNINITIALISED:
             return Form("free")
         masks = [_changed(value, values[node]) for values in moved]
+
+        def fits(form: Form) -> bool:
+            return all(
+                _only_at(m, self.place(form, p)) for m, p in zip(masks, self.probes, strict=True)
+            )
+
         for mask, values in zip(masks, moved, strict=True):
             values[node] = torch.where(mask, values[node], value)
         if not any(bool(mask.any()) for mask in masks):
             if any(form.kind != "free" for form in self._source_forms(node)):
                 self.hidden.append(node)
             return Form("free", batch=_batch_axis(masks, self.probes))
-        if any(form.kind == "dense" for form in self._query_sources(node)):
-            return self._confine(node, value, moved, forms)
         batch = _batch_axis(masks, self.probes)
+        if self.islands.is_inside(node):
+            found = next((f for f in self._all_candidates(value, batch) if fits(f)), None)
+            return self.islands.leave(node, value, moved, found)
         if self.windows.partition is None and self.windows.arrives(node):
             self.windows.read(node)
             if self.windows.landing is node:  # even if one window holds everything at this size
@@ -232,13 +241,15 @@ class FormFinder:
                 self.windows.read(node)
                 form = self._matching(node, masks, value, batch)
             form = form or Form("moving")
-        return form or self._confine(node, value, moved, forms)
+        if form is not None and not self.windowed and self.islands.is_scrambled(node, form):
+            return self.islands.leave(node, value, moved, form)
+        return form or self.islands.leave(node, value, moved, None)
 
     def _is_at(self, form: Form, node: fx.Node, masks: list[Tensor], value: Tensor) -> bool:
         """Whether what changed is exactly where the form says; of data movement, whether the token
         numbers are those that the movement makes."""
         pairs = zip(masks, self.probes, strict=True)
-        if not all(_only_at(m, self._place(form, p)) for m, p in pairs):
+        if not all(_only_at(m, self.place(form, p)) for m, p in pairs):
             return False
         if form.batch is None or self.layout.prefix or not self.windows.moves_tokens(node):
             return True
@@ -261,7 +272,7 @@ class FormFinder:
             kept = dataclasses.replace(form, mixes=False)
             if max(kept.axes) < value.dim() and fit(kept):
                 return kept
-        found = [next((f for f in self._candidates(value, batch) if fit(f)), None)]
+        found = [next((f for f in self.candidates(value, batch) if fit(f)), None)]
         found.append(next((f for f in self.windows.candidates(value) if fit(f)), None))
         # a single window holds every token too, but only at this size
         inside = any(form.kind == "window" for form in self._source_forms(node))
@@ -278,7 +289,12 @@ class FormFinder:
             found += [self.forms[n] for n in origins if n in self.forms]
         return found
 
-    def _candidates(self, value: Tensor, batch: int | None) -> list[Form]:
+    def _all_candidates(self, value: Tensor, batch: int | None) -> list[Form]:
+        plain = [form for form in self.candidates(value, batch) if form.batch is not None]
+        return plain + self.windows.candidates(value)
+
+    def candidates(self, value: Tensor, batch: int | None) -> list[Form]:
+        """Forms, other than of windows, that a value of this shape may have."""
         shape = value.shape
         height, width = self.layout.grid
         found = []
@@ -295,7 +311,7 @@ class FormFinder:
                 found.append(Form("grid", (axis, axis + 1), False, batch))
         return found
 
-    def _place(self, form: Form, probe: Probe) -> dict[int, range]:
+    def place(self, form: Form, probe: Probe) -> dict[int, range]:
         """Axis -> indices of the perturbed token in a value of this form."""
         if form.kind == "window":
             return self.windows.place(form, probe)
@@ -308,60 +324,6 @@ class FormFinder:
                 index += probe.image * (offset + self.layout.grid[0] * self.layout.grid[1])
             found = {form.axes[0]: index}
         return {axis: range(index, index + 1) for axis, index in found.items()}
-
-    def _confine(
-        self,
-        node: fx.Node,
-        value: Tensor,
-        moved: list[dict[fx.Node, Any]],
-        forms: dict[fx.Node, Form],
-    ) -> Form:
-        """A node that mixes tokens: keep its grid if it does, and judge what follows afresh."""
-        sources = self._query_sources(node)
-        kept = self._back_on_grid(node, value, moved, sources)
-        if kept is not None:
-            return kept
-        if any(_is_plane(value, source) for source in sources):
-            return dataclasses.replace(
-                next(s for s in sources if _is_plane(value, s)), kind="dense"
-            )
-        for values in moved:
-            values[node] = value
-        return Form("free", mixes=True)
-
-    def _query_sources(self, node: fx.Node) -> list[Form]:
-        """Forms of the operands that hold tokens, or the plane that these were un-pooled to."""
-        return [
-            self.forms[s]
-            for s, crosses in self.worlds.sources(node)
-            if s in self.forms
-            and (not crosses or s in self.worlds.main)
-            and self.forms[s].kind not in ("free", "moving")
-        ]
-
-    def _back_on_grid(
-        self, node: fx.Node, value: Tensor, moved: list[dict[fx.Node, Any]], sources: list[Form]
-    ) -> Form | None:
-        """The form of a node that mixes tokens and keeps its grid, or comes back to it."""
-        for source in sources:
-            candidates = self._candidates(value, source.batch)
-            if source.kind == "window":
-                candidates = [f for f in self.windows.candidates(value) if f == source]
-            for form in candidates:
-                if source.kind in (form.kind, "dense") and form.axes == source.axes:
-                    for values, probe in zip(moved, self.probes, strict=True):
-                        inside = _box(value, self._place(form, probe), form.batch, probe.image)
-                        values[node] = torch.where(inside, values[node], value)
-                    return dataclasses.replace(form, mixes=True)
-        return None
-
-
-def _is_plane(value: Tensor, form: Form) -> bool:
-    """Whether a value that is not on the grid of `form` is on another one, on the same axes."""
-    if form.kind == "dense":
-        return value.dim() == 4 and min(value.shape[2:]) > 1
-    plane = form.kind == "grid" and form.axes == (2, 3) and form.batch == 0 and not form.prefix
-    return plane and value.dim() == 4 and min(value.shape[2:]) > 1
 
 
 def _changed(base: Tensor, moved: Tensor) -> Tensor:
@@ -392,15 +354,3 @@ def _only_at(mask: Tensor, place: dict[int, range]) -> bool:
         fits = index.stop <= rest.shape[axis]
         rest = rest.narrow(axis, index.start, len(index)) if fits else rest[:0]
     return int(rest.sum()) == int(mask.sum())
-
-
-def _box(value: Tensor, place: dict[int, range], batch: int | None, image: int) -> Tensor:
-    inside = torch.ones(value.shape, dtype=torch.bool, device=value.device)
-    where = dict(place)
-    if batch is not None:
-        where.setdefault(batch, range(image, image + 1))
-    for axis, index in where.items():
-        line = torch.arange(value.shape[axis], device=value.device)
-        line = (line >= index.start) & (line < index.stop)
-        inside = inside & line.view([-1 if a == axis else 1 for a in range(value.dim())])
-    return inside
