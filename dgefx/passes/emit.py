@@ -267,17 +267,19 @@ class Splitter:
         form = None if read is None else self.forms.get(read[0])
         if read is None or form is None or form.batch is None:
             return None
-        if form.kind not in ("tokens", "grid"):
+        if form.kind not in ("tokens", "grid") and (form.kind != "window" or self.finder.windowed):
             return None
         call, axis = self.graph.call_function, read[1]
-        if form.kind == "grid" and axis in form.axes:
+        if len(form.axes) == 2 and axis in form.axes:
             return call(operator.getitem, (self.grid, form.axes.index(axis)))
         if axis in form.axes:
             count = self.graph.call_method("size", (self.tokens, 1))
             left_out = 0 if form.prefix else self.layout.prefix
             return call(operator.sub, (count, left_out)) if left_out else count
-        plain = axis == form.batch and not has_parts(self.layout.order)
-        return self.graph.call_method("size", (self.tokens, 0)) if plain else None
+        if axis != form.batch or has_parts(self.layout.order):
+            return None
+        images = self.graph.call_method("size", (self.tokens, 0))
+        return call(operator.mul, (images, form.inner)) if form.inner > 1 else images
 
     def _emit_query(self, node: fx.Node) -> Any:
         for fused in self.fused:
@@ -475,8 +477,10 @@ class Splitter:
             if sizes[index] == -1:
                 continue
             given = (node.args[first:] if flat else node.args[-1])[index]  # type: ignore[index]
-            if isinstance(given, fx.Node) and given in self.context:
-                sizes[index] = self.context[given]
+            if isinstance(given, fx.Node):
+                known = self.context.get(given)
+                known = self._dense_size(given) if known is None else known
+                sizes[index] = sizes[index] if known is None else known
             sizes[index] = self._axis_size(form, index + shift, sizes[index], node in self.in_slots)
         return (*args[:first], *sizes) if flat else (*args[:-1], tuple(sizes))
 

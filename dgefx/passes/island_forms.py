@@ -63,7 +63,8 @@ class IslandForms:
         if kept is not None:
             return kept
         inside = [form for _, form in sources if _is_plane(value, form)]
-        if inside or (on_way and not self.finder.windowed):
+        stays = any(form.kind == "dense" for _, form in sources)
+        if inside or stays or (on_way and not self.finder.windowed):
             return Form("dense", (2, 3) if inside else (), batch=0)
         for values in moved:
             values[node] = value
