@@ -15,6 +15,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -52,9 +53,11 @@ from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
 from dgefx.passes.projections import FusedProjection, Part, linear_operands
 from dgefx.passes.slots import SlotChooser, axis_sizes, einsum_tables
 from dgefx.passes.trace import HOOKED, Trace
-from dgefx.passes.worlds import Refused, Worlds
+from dgefx.passes.worlds import Refused, Worlds, block_flow
 
 _CONSTANT_PREFIX = "dge_constants"
+#: forms whose other axes are the same in both worlds
+_TOKEN_KINDS = ("tokens", "grid", "window")
 
 
 @dataclass
@@ -116,6 +119,10 @@ class Splitter:
         self.uses_windows = finder.windowed or bool(self.in_slots)
         self.context: dict[fx.Node, Any] = {}
         self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
+        flow = block_flow(trace.graph)
+        meeting = {node for node, _ in worlds.edges}
+        #: scores and what follows: never to be computed on all tokens for a size
+        self.attended = meeting.union(*(nx.descendants(flow, node) for node in meeting))
         self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
         self.constant_names: dict[str, str] = {}
         self.stencils: set[int] = set()
@@ -266,9 +273,11 @@ class Splitter:
         form = None if read is None else self.forms.get(read[0])
         if read is None or form is None or form.batch is None:
             return None
+        call, axis = self.graph.call_function, read[1]
+        if axis not in (form.batch, *form.axes, *form.windows) and form.kind in _TOKEN_KINDS:
+            return self._kept_size(node, read[0], axis)
         if form.kind not in ("tokens", "grid"):
             return None
-        call, axis = self.graph.call_function, read[1]
         if form.kind == "grid" and axis in form.axes:
             return call(operator.getitem, (self.grid, form.axes.index(axis)))
         if axis in form.axes:
@@ -277,6 +286,15 @@ class Splitter:
             return call(operator.sub, (count, left_out)) if left_out else count
         plain = axis == form.batch and not has_parts(self.layout.order)
         return self.graph.call_method("size", (self.tokens, 0)) if plain else None
+
+    def _kept_size(self, node: fx.Node, source: fx.Node, axis: int) -> Any:
+        """The size along an axis of no tokens, which is the same in both worlds."""
+        if source in self.attended:  # may be that of the keys
+            value = self.query.get(source, self.slotted.get(source))
+            known = isinstance(value, fx.Node)
+            return self.graph.call_method("size", (value, axis)) if known else None
+        # heads and channels, which the parameters fix: nothing is to be computed for them
+        return None if has_parts(self.layout.order) else self.trace.values[node]
 
     def _emit_query(self, node: fx.Node) -> Any:
         for fused in self.fused:
