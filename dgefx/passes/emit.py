@@ -264,8 +264,41 @@ class Splitter:
         size = self._dense_size(node)
         if size is not None:
             return size
-        # sizes that are the same in both worlds are read where their tensor is
-        return self._copy(node, lambda n: self.context[n] if n in self.context else self.query[n])
+        return self._copy(node, self._for_context)
+
+    def _for_context(self, node: fx.Node) -> Any:
+        """A source of a context node: sizes that are the same in both worlds are read where their
+        tensor is. The number of windows is not: packed queries have one."""
+        if node in self.context:
+            return self.context[node]
+        emitted = self.query[node]
+        values = self.trace.values
+        read = size_read(node, self.trace)
+        form = None if read is None else self.forms.get(read[0])
+        if read is not None and form is not None and form.kind == "window":
+            counted = self._window_size(form, read[1])
+            emitted = emitted if counted is None else counted
+        elif isinstance(values[node], int) and all(
+            isinstance(values[n], int) for n in node.all_input_nodes
+        ):
+            emitted = self._copy(node, self._for_context)
+        else:
+            return emitted
+        self.context[node] = emitted
+        return emitted
+
+    def _window_size(self, form: Form, axis: int) -> Any:
+        """The size of an axis that counts windows, None for any other axis."""
+        call = self.graph.call_function
+        if axis == form.batch and form.merged:
+            return call(lead_count, (self.tokens, self.windows, True, form.inner))
+        if axis not in form.windows:
+            return None
+        counts = call(getattr, (self.windows, "windows"))
+        sides = [call(operator.getitem, (counts, side)) for side in (0, 1)]
+        if len(form.windows) == 1:
+            return call(operator.mul, tuple(sides))
+        return sides[form.windows.index(axis)]
 
     def _dense_size(self, node: fx.Node) -> Any:
         """The size of a value of the query path on the dense grid, without computing it there."""
