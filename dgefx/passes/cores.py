@@ -27,6 +27,8 @@ class Core:
     context_edges: (consumer, position or keyword of the argument) where the context enters the
     query path. An argument, not a producer: query, key and value may be one and the same value.
     query_axes: axes of `query`, negative, on which its tokens may lie.
+    key_axes: of attention written out, values and their axis, negative, on which the keys lie: of
+        the same size whatever the queries are.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Core:
     output: Node
     context_edges: frozenset[tuple[Node, int | str]]
     query_axes: tuple[int, ...] = (-2,)
+    key_axes: frozenset[tuple[Node, int]] = frozenset()
 
     @property
     def name(self) -> str:
@@ -75,6 +78,7 @@ def _written_core(written: Written) -> Core:
         output.node,
         frozenset(edges),
         written.query_axes,
+        written.key_axes,
     )
 
 

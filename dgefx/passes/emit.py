@@ -15,6 +15,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -52,9 +53,11 @@ from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
 from dgefx.passes.projections import FusedProjection, Part, linear_operands
 from dgefx.passes.slots import SlotChooser, axis_sizes, einsum_tables
 from dgefx.passes.trace import HOOKED, Trace
-from dgefx.passes.worlds import Refused, Worlds
+from dgefx.passes.worlds import Refused, Worlds, block_flow
 
 _CONSTANT_PREFIX = "dge_constants"
+#: forms whose other axes are the same in both worlds
+_TOKEN_KINDS = ("tokens", "grid", "window")
 
 
 @dataclass
@@ -117,6 +120,10 @@ class Splitter:
         self.context: dict[fx.Node, Any] = {}
         self.unpooled: dict[fx.Node, fx.Node] = {}
         self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
+        flow = block_flow(trace.graph)
+        meeting = {node for node, _ in worlds.edges}
+        #: scores and what follows: never to be computed on all tokens for a size
+        self.attended = meeting.union(*(nx.descendants(flow, node) for node in meeting))
         self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
         self.constant_names: dict[str, str] = {}
         self.stencils: set[int] = set()
@@ -258,8 +265,41 @@ class Splitter:
         size = self._dense_size(node)
         if size is not None:
             return size
-        # sizes that are the same in both worlds are read where their tensor is
-        return self._copy(node, lambda n: self.context[n] if n in self.context else self.query[n])
+        return self._copy(node, self._for_context)
+
+    def _for_context(self, node: fx.Node) -> Any:
+        """A source of a context node: sizes that are the same in both worlds are read where their
+        tensor is. The number of windows is not: packed queries have one."""
+        if node in self.context:
+            return self.context[node]
+        emitted = self.query[node]
+        values = self.trace.values
+        read = size_read(node, self.trace)
+        form = None if read is None else self.forms.get(read[0])
+        if read is not None and form is not None and form.kind == "window":
+            counted = self._window_size(form, read[1])
+            emitted = emitted if counted is None else counted
+        elif isinstance(values[node], int) and all(
+            isinstance(values[n], int) for n in node.all_input_nodes
+        ):
+            emitted = self._copy(node, self._for_context)
+        else:
+            return emitted
+        self.context[node] = emitted
+        return emitted
+
+    def _window_size(self, form: Form, axis: int) -> Any:
+        """The size of an axis that counts windows, None for any other axis."""
+        call = self.graph.call_function
+        if axis == form.batch and form.merged:
+            return call(lead_count, (self.tokens, self.windows, True, form.inner))
+        if axis not in form.windows:
+            return None
+        counts = call(getattr, (self.windows, "windows"))
+        sides = [call(operator.getitem, (counts, side)) for side in (0, 1)]
+        if len(form.windows) == 1:
+            return call(operator.mul, tuple(sides))
+        return sides[form.windows.index(axis)]
 
     def _dense_size(self, node: fx.Node) -> Any:
         """The size of a value of the query path on the dense grid, without computing it there."""
@@ -267,9 +307,11 @@ class Splitter:
         form = None if read is None else self.forms.get(read[0])
         if read is None or form is None or form.batch is None:
             return None
+        call, axis = self.graph.call_function, read[1]
+        if axis not in (form.batch, *form.axes, *form.windows) and form.kind in _TOKEN_KINDS:
+            return self._kept_size(node, read[0], axis)
         if form.kind not in ("tokens", "grid") and (form.kind != "window" or self.finder.windowed):
             return None
-        call, axis = self.graph.call_function, read[1]
         if len(form.axes) == 2 and axis in form.axes:
             return call(operator.getitem, (self.grid, form.axes.index(axis)))
         if axis in form.axes:
@@ -280,6 +322,15 @@ class Splitter:
             return None
         images = self.graph.call_method("size", (self.tokens, 0))
         return call(operator.mul, (images, form.inner)) if form.inner > 1 else images
+
+    def _kept_size(self, node: fx.Node, source: fx.Node, axis: int) -> Any:
+        """The size along an axis of no tokens, which is the same in both worlds."""
+        if source in self.attended:  # may be that of the keys
+            value = self.query.get(source, self.slotted.get(source))
+            known = isinstance(value, fx.Node)
+            return self.graph.call_method("size", (value, axis)) if known else None
+        # heads and channels, which the parameters fix: nothing is to be computed for them
+        return None if has_parts(self.layout.order) else self.trace.values[node]
 
     def _emit_query(self, node: fx.Node) -> Any:
         for fused in self.fused:

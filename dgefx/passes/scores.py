@@ -8,6 +8,7 @@ the one that the softmax normalises and that the second product sums over. Used 
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ class Written:
     """An attention that is written out.
 
     key: which operand of `scores` the keys are. value: which operand of `output` the values are.
-    query_axes: axes of the queries on which their tokens may lie.
+    query_axes: axes of the queries on which their tokens may lie. key_axes: scores and weights,
+    and what lies between, with the axis of the keys.
     """
 
     scores: Product
@@ -60,6 +62,7 @@ class Written:
     key: int
     value: int
     query_axes: tuple[int, ...]
+    key_axes: frozenset[tuple[Node, int]]
 
 
 def _rank(value: Any) -> int:
@@ -72,7 +75,7 @@ def product_of(node: Node, root: nn.Module | None, values: Values) -> Product | 
     if name not in PRODUCTS or node.op == "call_module":
         return None
     if name == "einsum":
-        return _einsum_product(node)
+        return _einsum_product(node, values)
     if len(node.args) < 2 or not all(isinstance(a, Node) for a in node.args[:2]):
         return None
     if any(_rank(values(a)) < 2 for a in node.all_input_nodes[:2]):
@@ -85,16 +88,37 @@ def _is_reflected(node: Node) -> bool:
     return "rmatmul" in str(getattr(node.target, "__name__", node.target))
 
 
-def _einsum_product(node: Node) -> Product | None:
+def _spelled_out(equation: str, ranks: list[int]) -> list[str] | None:
+    """The axis labels of an equation's operands and of its result, "..." as labels of its own."""
+    terms, result = equation.replace(" ", "").split("->")
+    labels = [*terms.split(","), result]
+    if "..." in equation:
+        spare = [a for a in string.ascii_letters if a not in equation]
+        counts = [
+            rank - len(term) + 3 if "..." in term else 0
+            for term, rank in zip(labels, [*ranks, 0], strict=False)
+        ]
+        counts[-1] = max(counts[:-1])  # broadcast against each other, aligned on the right
+        if min(counts[:-1]) < 0:
+            return None
+        dots = ["".join(spare[:count][::-1]) for count in counts]
+        labels = [term.replace("...", own) for term, own in zip(labels, dots, strict=True)]
+    return None if any("." in term for term in labels) else labels
+
+
+def _einsum_product(node: Node, values: Values) -> Product | None:
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         return None
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+    if not isinstance(equation, str) or equation.count("->") != 1 or equation.count(",") != 1:
         return None
     if len(operands) != 2 or not all(isinstance(o, Node) for o in operands):
         return None
-    terms, result = equation.replace(" ", "").split("->")
-    labels = terms.split(",")
+    ranks = [_rank(values(o)) for o in operands if isinstance(o, Node)]
+    spelled = _spelled_out(equation, ranks)
+    if spelled is None:
+        return None
+    *labels, result = spelled
     kept: list[tuple[tuple[int, int], ...]] = []
     summed: list[tuple[int, ...]] = []
     for own, other in (labels, labels[::-1]):
@@ -203,7 +227,8 @@ class WrittenAttention:
                 for output, value in self._sums(softmax, axis):
                     scored.add(softmax)
                     axes = tuple(own for own, _ in scores.kept[1 - key])
-                    written = Written(scores, output, key, value, axes)
+                    keys = self._key_axes(scores, key)
+                    written = Written(scores, output, key, value, axes, keys)
                     found.setdefault(output.node, written)
         for node in self.graph.nodes:
             if node.op.startswith("call_") and op_name(node, self.root) == "softmax":
@@ -240,6 +265,10 @@ class WrittenAttention:
                     rank = _rank(self.values(user))
                     if rank and _softmax_axis(user, self.root, rank) == place:
                         yield key, user, place
+
+    def _key_axes(self, scores: Product, key: int) -> frozenset[tuple[Node, int]]:
+        reached = (self._reached(scores.node, axis) for _, axis in scores.kept[key])
+        return frozenset((node, place) for way in reached for _, node, place in way)
 
     def _sums(self, softmax: Node, axis: int) -> Iterator[tuple[Product, int]]:
         """(product that sums over the keys, which operand the values are)."""

@@ -78,11 +78,15 @@ class WindowForms:
         return source if isinstance(source, fx.Node) else node
 
     def lands(self, node: fx.Node) -> bool:
-        """Whether anything but movement and sizes reads `node`."""
+        """Whether anything but movement and sizes reads `node`, or it is taken into parts."""
         return any(
             isinstance(self.base.get(user), (Tensor, tuple, list))
             and not isinstance(self.base.get(user), torch.Size)
-            and (user.op == "call_module" or op_name(user, self.trace.root) not in MOVES)
+            and (
+                user.op == "call_module"
+                or op_name(user, self.trace.root) not in MOVES
+                or isinstance(self.base.get(user), (tuple, list))
+            )
             for user in node.users
         )
 

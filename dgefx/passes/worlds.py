@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dgefx.passes.cores import Core, find_cores, map_sources
+from dgefx.passes.form import size_read
 from dgefx.passes.ops import MOVEMENT, VIEWS, op_name
 from dgefx.passes.trace import Trace
 
@@ -216,8 +217,18 @@ class _Walk:
         """Whether a size is the same in both worlds, or not looked at (that of a view)."""
         value = self.trace.values[node]
         return isinstance(value, (torch.dtype, torch.device)) or (
-            isinstance(value, int) and (of_view or value not in self.token_counts)
+            isinstance(value, int)
+            and (of_view or value not in self.token_counts or self._counts_keys(node))
         )
+
+    def _counts_keys(self, size: Node) -> bool:
+        """Whether it is read off attention scores, along the axis of the keys."""
+        read = size_read(size, self.trace)
+        if read is None:
+            return False
+        tensor, axis = read
+        place = (tensor, axis - self.trace.values[tensor].dim())
+        return any(place in core.key_axes for core in self.cores)
 
     def _settle(self, size: Node) -> None:
         """Read a plain size where its tensors are computed anyway."""

@@ -201,7 +201,7 @@ class Attention(nn.Module):
         core = self.spec.core
         if core == "matmul":
             return torch.matmul(q, k.transpose(-2, -1))
-        if core == "bmm":
+        if core in ("bmm", "bmm_sizes"):
             b, h, n, d = q.shape
             y = torch.bmm(q.reshape(b * h, n, d), k.reshape(b * h, -1, d).transpose(1, 2))
             return y.view(b, h, n, -1)
@@ -222,6 +222,10 @@ class Attention(nn.Module):
         if core == "bmm":
             b, h, n, m = weights.shape
             y = torch.bmm(weights.reshape(b * h, n, m), v.reshape(b * h, -1, v.shape[-1]))
+            return y.view(b, h, n, -1)
+        if core == "bmm_sizes":  # lays the values out by the number of keys of the weights
+            b, h, n, m = weights.shape
+            y = torch.bmm(weights.reshape(b * h, n, m), v.reshape(b * h, m, -1))
             return y.view(b, h, n, -1)
         if core == "einsum_ij":
             return torch.einsum("bhij,bhjd->bhid", weights, v)

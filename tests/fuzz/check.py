@@ -26,10 +26,6 @@ MIXED = 2e-5
 _RAISED = re.compile(r"^\w*(Error|Exception|Interrupt|StopIteration)\b")
 
 
-#: spellings of attention that the library does not recognise as such; to be emptied
-UNSEEN = ("values_left", "transposed_softmax", "talking=")
-
-
 class Wrong(AssertionError):
     """The library's result for a spec is wrong, or its refusal says nothing."""
 
@@ -87,9 +83,8 @@ def _judge_reasons(reasons: list[str]) -> None:
 def _refused(error: ValueError, spec: Spec) -> Outcome:
     lines = str(error).splitlines()
     if lines[0].startswith("no attention found"):
-        unseen = any(text in repr(spec) for text in UNSEEN)
         linear = spec.block.attention.kind == "linear"
-        _require(linear or unseen, f"no attention was seen: {lines[0]}")
+        _require(linear, f"no attention was seen: {lines[0]}")
         return Outcome((), ("no attention found",))
     _require(lines[0].startswith("no attention block could be converted"), f"raised {error}")
     reasons = [line.strip().split(": ", 1)[-1] for line in lines[1:] if line.startswith("  ")]

@@ -141,7 +141,7 @@ def attentions(
     core = draw(
         st.sampled_from(
             ["sdpa", "at", "matmul", "bmm", "einsum_ij", "einsum_nm", "einsum_bnhd", "values_left"]
-            + ["transposed_softmax", "einsum_dots"]
+            + ["transposed_softmax", "einsum_dots", "bmm_sizes"]
         )
     )
     written_out = core != "sdpa"
