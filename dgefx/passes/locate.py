@@ -355,10 +355,15 @@ def _query_reason(
         same_grid = (held.grid, count) == (all_tokens.grid, all_tokens.count)
     if same_grid:
         return None
+    if count == 1:
+        return Reason(
+            f"1 query against {layout.tokens} tokens: class attention, or pooling to one token",
+            "class attention",
+        )
     return Reason(
         f"{count} queries against {layout.tokens} tokens: class or pooling attention, or a query "
         f"path that changes the grid",
-        "class attention" if count == 1 else "queries on another grid",
+        "queries on another grid",
     )
 
 
@@ -411,8 +416,11 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
         if isinstance(layout, str):
-            unplaced: KindName = "token order" if finder.held(site.stream) else "layout unknown"
-            site.refuse(_multi_scale(core, cores) or Reason(layout, unplaced))
+            held = finder.held(site.stream)
+            unplaced = Reason(layout, "token order" if held else "layout unknown")
+            if held is not None and held.grid == (1, 1):
+                unplaced = Reason("a grid of 1 x 1 has nothing to pool", "nothing to pool")
+            site.refuse(_multi_scale(core, cores) or unplaced)
             continue
         site.layout = replace(layout, update=is_update)
         asking = _query_reason(core, site.stream, layout, finder, batch)
