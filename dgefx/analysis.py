@@ -25,6 +25,7 @@ from dgefx.passes.capture import Call, capture, record_calls
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.outline import Outline, outline
+from dgefx.passes.refusals import KINDS, Reason, advice_lines
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
 from dgefx.passes.sizes import bound_rule
 from dgefx.passes.trace import TraceError
@@ -73,7 +74,12 @@ class Analysis:
         blocks = []
         for site in self.sites:
             if site.name not in chosen:
-                blocks.append(BlockReport(site.name, "dense", site.reason or "", 1.0))
+                kind = site.kind or "other"
+                advice = KINDS[kind].advice
+                reason = site.reason or ""
+                blocks.append(
+                    BlockReport(site.name, "dense", reason, 1.0, kind=kind, advice=advice)
+                )
                 continue
             cost, plan = self.costs[site.name], chosen[site.name]
             layout = self.plans[site.name].layout
@@ -103,9 +109,16 @@ _QUANTISED = (
     "Its weights are of type {}, as quantised ones are, and may round otherwise in the converted "
     "block: convert the model first and quantise the converted one"
 )
-_COMPILED = (
+_COMPILED = Reason(
     "it is itself wrapped by torch.compile(block); put block._orig_mod back in its place and "
-    "compile it after the conversion, or compile it with block.compile()"
+    "compile it after the conversion, or compile it with block.compile()",
+    "compiled",
+)
+_FILTERED = Reason("left out by filter_fn", "left out by filter")
+_RECOGNISED = (
+    "If the model has attention, it is spelled otherwise: a custom kernel (flash_attn, xformers) "
+    "is not seen, switch to torch.nn.functional.scaled_dot_product_attention. Convolutional, "
+    "state-space and linear-attention models have nothing to convert"
 )
 
 #: what is passed for a model by mistake, and what to pass
@@ -222,16 +235,16 @@ def analyse(
                 f"no attention found in {type(model).__name__}: looked for "
                 f"scaled_dot_product_attention, multi_head_attention_forward, matmul-softmax-"
                 f"matmul and grid_sample weighed by a softmax among {len(captured.graph.nodes)} "
-                f"operations of one forward pass"
+                f"operations of one forward pass. {_RECOGNISED}"
             )
         for site in sites:
             # the wrapper would go on calling the module that it was given
             if site.reason is None and site.name.rpartition(".")[2] == "_orig_mod":
-                site.reason = _COMPILED
+                site.refuse(_COMPILED)
         if filter_fn is not None:
             for site in sites:
                 if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
-                    site.reason = "left out by filter_fn"
+                    site.refuse(_FILTERED)
         plans = _plan_sites(work, sites, call, config, must_convert)
         macs_dense = count_macs(work, *call)
         costs = _price(work, plans, sites, call, config.bounded())
@@ -279,17 +292,20 @@ def _plan_sites(
             verify_block(block, plan, calls[site.name], shape, config)
             rule = bound_rule(block, plan, calls[site.name], shape, config)
             plan = dataclasses.replace(plan, windows=rule)
-        except (Refused, TraceError) as error:
-            site.reason = str(error)
+        except Refused as error:
+            site.refuse(Reason(str(error), error.kind))
+            continue
+        except TraceError as error:
+            site.refuse(Reason(str(error), "not traceable"))
             continue
         except Exception as error:  # a block is user code: whatever it raises is its reason
-            site.reason = f"{type(error).__name__}: {error}"
+            site.refuse(Reason(f"{type(error).__name__}: {error}", "other"))
             continue
         plans[site.name] = plan
     for site in sites:
         kind = _quantised(work.get_submodule(site.name)) if site.name in names else None
         if kind is not None and site.reason is not None:
-            site.reason = f"{site.reason}. {_QUANTISED.format(kind)}"
+            site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(kind)}", "quantised"))
             if must_convert:
                 raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
     _require_plans(sites, plans, must_convert)
@@ -299,7 +315,10 @@ def _plan_sites(
 def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:
     if not plans and must_convert:
         looked = "\n".join(f"  {site.name or '(root)'}: {site.reason}" for site in sites)
-        raise ValueError(f"no attention block could be converted; looked at\n{looked}")
+        advice = "\n".join(f"- {line}" for line in advice_lines(site.kind or "" for site in sites))
+        raise ValueError(
+            f"no attention block could be converted; looked at\n{looked}\nwhat to do:\n{advice}"
+        )
 
 
 def _drop_without_gain(
@@ -314,7 +333,8 @@ def _drop_without_gain(
         if cost is None or cost.macs(cost.plans[0]) < cost.dense:
             continue
         share = cost.macs(cost.plans[0]) / max(cost.dense, 1)
-        site.reason = f"nothing to save: even at its coarsest it costs {share:.2f} of the dense one"
+        costs_more = f"nothing to save: even at its coarsest it costs {share:.2f} of the dense one"
+        site.refuse(Reason(costs_more, "nothing to save"))
         del plans[site.name], costs[site.name]
     _require_plans(sites, plans, must_convert)
 

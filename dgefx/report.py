@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -15,7 +16,8 @@ class BlockReport:
     name: module name. status: "converted" or "dense". reason: why it stays dense, else "".
     ratio: its MACs over the dense block's (1.0 if dense). slots: queries per image and level (under
     the average budget: on average), finest first, without prefix tokens. grid: (H, W) tokens.
-    prefix: prefix tokens.
+    prefix: prefix tokens. kind: of the reason, one of `dgefx.passes.refusals`, and advice: what can
+    be done about it; both "" of a converted block.
     """
 
     name: str
@@ -25,6 +27,8 @@ class BlockReport:
     slots: tuple[int, ...] = ()
     grid: tuple[int, int] | None = None
     prefix: int = 0
+    kind: str = ""
+    advice: str = ""
 
     @property
     def query_slots(self) -> int:
@@ -88,9 +92,11 @@ class Report:
                 str(block.query_slots) if block.slots else "",
                 " + ".join(str(s) for s in block.slots),
                 f"{block.ratio:.3f}",
-                block.reason,
+                escape(block.reason),
             )
         console = Console(width=160, no_color=True)
         with console.capture() as captured:
             console.print(table)
+            for kind, advice in {b.kind: b.advice for b in self.blocks if b.advice}.items():
+                console.print(f"{kind}: {advice}", markup=False, highlight=False)
         return captured.get().rstrip()

@@ -21,7 +21,7 @@ from dgefx.coverage.cases import Case
 from dgefx.coverage.softmaxes import softmax_modules, unseen
 from dgefx.coverage.verdict import rightly_refused
 from dgefx.inputs import clone_call, given_call
-from dgefx.report import Report
+from dgefx.report import BlockReport, Report
 
 GAMMA = 0.5
 TOLERANCE = 1e-5
@@ -178,7 +178,7 @@ def measure(case: Case, backend: str = "eager") -> Result:
         else:
             result.error = first_line(error)
         return result
-    result.blocks = [_judged(case, block.name, block.reason) for block in report.blocks]
+    result.blocks = [_judged(case, block) for block in report.blocks]
     result.unseen = _counted(case, softmaxes, [block.name for block in report.blocks])
     result.status = "refused" if finest is None else "converted"
     if finest is not None:
@@ -190,11 +190,12 @@ def measure(case: Case, backend: str = "eager") -> Result:
     return result
 
 
-def _judged(case: Case, name: str, reason: str) -> Block:
-    if not reason:
-        return Block(name, "converted")
-    what = case.beside(name) or rightly_refused(reason)
-    return Block(name, "left" if what is None else "refused", what or "", reason)
+def _judged(case: Case, block: BlockReport) -> Block:
+    if not block.reason:
+        return Block(block.name, "converted")
+    what = case.beside(block.name) or rightly_refused(block.kind)
+    verdict = "left" if what is None else "refused"
+    return Block(block.name, verdict, what or "", block.reason)
 
 
 def _counted(case: Case, softmaxes: list[str], blocks: list[str]) -> list[str]:
@@ -278,5 +279,5 @@ def time_convert(case: Case) -> Result:
         result.error = first_line(error)
         return result
     result.status, result.ratio, result.floor = "converted", report.ratio, report.floor
-    result.blocks = [_judged(case, block.name, block.reason) for block in report.blocks]
+    result.blocks = [_judged(case, block) for block in report.blocks]
     return result

@@ -97,15 +97,22 @@ def map_sources(
 
 
 def find_cores(graph: Graph, values: Values, root: nn.Module | None = None) -> list[Core]:
-    """All attention cores of `graph`, in order.
+    """All attention cores of `graph`, in order; see `search_cores`."""
+    return search_cores(graph, values, root)[0]
+
+
+def search_cores(
+    graph: Graph, values: Values, root: nn.Module | None = None
+) -> tuple[list[Core], WrittenAttention]:
+    """All attention cores of `graph`, in order, and the search that found the written ones.
 
     Args:
         graph: a flat capture or a traced block.
         values: of its nodes, see `passes.scores`.
         root: the module that call_module targets belong to.
     """
-    written = WrittenAttention(graph, root, values).find()
-    cores = {w.output.node: _written_core(w) for w in written}
+    written = WrittenAttention(graph, root, values)
+    cores = {w.output.node: _written_core(w) for w in written.find()}
     for node in graph.nodes:
         name = op_name(node, root) if node.op.startswith("call_") else ""
         if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
@@ -117,4 +124,4 @@ def find_cores(graph: Graph, values: Values, root: nn.Module | None = None) -> l
         if core is not None:
             cores[node] = core
     order = {node: index for index, node in enumerate(graph.nodes)}
-    return sorted(cores.values(), key=lambda core: order[core.output])
+    return sorted(cores.values(), key=lambda core: order[core.output]), written

@@ -213,7 +213,9 @@ class Splitter:
         order = orders.get((form.kind, form.axes, form.batch, rank))
         if order is not None and form.prefix == (self.layout.prefix > 0):
             return order
-        raise Refused(f"{node.name}, on the block's main path, is not laid out as a stream")
+        raise Refused(
+            f"{node.name}, on the block's main path, is not laid out as a stream", "mixes tokens"
+        )
 
     def _updated(self, node: fx.Node) -> Any:
         """(B, N, C) main path value: what it was before, plus the un-pooled update."""
@@ -251,7 +253,9 @@ class Splitter:
             if node is self.worlds.output:
                 return result
             if node not in self.context:
-                raise Refused("the block returns a value that only its query path computes")
+                raise Refused(
+                    "the block returns a value that only its query path computes", "further results"
+                )
             return self.context[node]
 
         self.graph.output(fx.map_arg(output.args[0], pick))
@@ -368,7 +372,9 @@ class Splitter:
             args, kwargs = self._patched_split(node, args, kwargs)
         if any(leaf is _MOVING for leaf in _leaves((args, kwargs))):
             if isinstance(self.trace.values[node], Tensor):
-                raise Refused(f"{node.name} works on tokens on their way to or from windows")
+                raise Refused(
+                    f"{node.name} works on tokens on their way to or from windows", "windows"
+                )
             return _MOVING
         return self._create(node, args, kwargs)
 
@@ -390,7 +396,9 @@ class Splitter:
     def _in_slots(self, node: fx.Node, form: Form) -> Any:
         if node not in self.slotted:
             if form.prefix or form.batch is None:
-                raise Refused(f"{node.name} joins images or prefix tokens where windows are needed")
+                raise Refused(
+                    f"{node.name} joins images or prefix tokens where windows are needed", "windows"
+                )
             self.slotted[node] = self.graph.call_function(
                 to_slots, (self.query[node], self.windows, tuple(form.window_axes))
             )
@@ -477,7 +485,9 @@ class Splitter:
             lead = part.positions[0] if has_parts(self.layout.order) else 1
             positions = (lead, -1) if is_query else (-1, *part.positions[1:])
             if len(part.positions) > 2:
-                raise Refused(f"{fused.linear.name}: tokens on {len(part.positions)} axes")
+                raise Refused(
+                    f"{fused.linear.name}: tokens on {len(part.positions)} axes", "windows"
+                )
         return self.graph.call_function(
             arrange_projection,
             (
@@ -574,7 +584,7 @@ class Splitter:
             head = max(0, min(stop, prefix) - start)
             body = stop - max(start, prefix)
             if body not in (0, grid) and body > 0:
-                raise Refused(f"{node.name} splits the grid's tokens into parts")
+                raise Refused(f"{node.name} splits the grid's tokens into parts", "mixes tokens")
             if body <= 0:
                 wanted.append(head)
             elif not head:
@@ -604,7 +614,8 @@ class Splitter:
                 if any(a >= 0 and shape[a] > 1 for a in axes):
                     raise Refused(
                         f"{node.name} combines tokens with a table of shape {shape} that does not "
-                        f"follow the query axis"
+                        f"follow the query axis",
+                        "table beside the queries",
                     )
                 return self._per_image(original, emitted, form, rank)
             if all(s == 1 for s in per_axis):
@@ -616,7 +627,8 @@ class Splitter:
                 return self.graph.call_function(pool_slots, (emitted, self.windows, place, rank))
             if form.batch is None or form.kind == "flat":
                 raise Refused(
-                    f"{node.name}: images are merged with another axis where a table is added"
+                    f"{node.name}: images are merged with another axis where a table is added",
+                    "table beside the queries",
                 )
             return self.graph.call_function(
                 gather_constant,
@@ -652,7 +664,10 @@ class Splitter:
             lines = [n for n, a in enumerate(form.axes) if own[a] in labels[index]]
             if len(axes) == len(form.axes):
                 if len(axes) == 2 and axes[1] != axes[0] + 1:
-                    raise Refused(f"{node.name}: a table's rows and columns are apart")
+                    raise Refused(
+                        f"{node.name}: a table's rows and columns are apart",
+                        "table beside the queries",
+                    )
                 kernel: Any = pool_rows
                 rest: Any = tuple(axes)
             else:
@@ -671,7 +686,7 @@ class Splitter:
         """A node that mixes tokens: a stencil if it is a plain depthwise convolution."""
         sources = [self.forms[s] for s, _ in self.worlds.sources(node) if s in self.forms]
         if self.finder.windowed and any(f.kind == "window" for f in (form, *sources)):
-            raise Refused(f"{node.name} mixes tokens inside windows")
+            raise Refused(f"{node.name} mixes tokens inside windows", "windows")
         self.mixing = True
         depthwise = self._depthwise(node)
         if depthwise is not None:
@@ -720,10 +735,12 @@ class Splitter:
         result = self._create(node, args, kwargs)
         if form.kind in ("free", "dense"):
             if not isinstance(self.trace.values[node], Tensor):
-                raise Refused(f"{node.name} mixes tokens")
+                raise Refused(f"{node.name} mixes tokens", "mixes tokens")
             return result
         if form.batch != 0:
-            raise Refused(f"{node.name} mixes tokens with images merged into another axis")
+            raise Refused(
+                f"{node.name} mixes tokens with images merged into another axis", "mixes tokens"
+            )
         if form.kind == "flat":
             return self.graph.call_function(pool_flat, (result, self.routing, form.prefix))
         return self.graph.call_function(
@@ -736,7 +753,9 @@ class Splitter:
         if form is None or source not in self.worlds.asking or form.kind in ("free", "dense"):
             return emitted
         if form.batch != 0:
-            raise Refused(f"{reader.name} mixes tokens with images merged into another axis")
+            raise Refused(
+                f"{reader.name} mixes tokens with images merged into another axis", "mixes tokens"
+            )
         if source not in self.unpooled:
             call, routing = self.graph.call_function, self.routing
             if form.kind == "flat":

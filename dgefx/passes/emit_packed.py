@@ -46,7 +46,8 @@ class PackedSplitter(Splitter):
                 raise Refused(
                     f"{core.name}: packed queries of images of different numbers need fused "
                     f"attention (scaled_dot_product_attention, nn.MultiheadAttention), not "
-                    f"matmul-softmax-matmul; switch the model's fused attention on, or {_INSTEAD}"
+                    f"matmul-softmax-matmul; switch the model's fused attention on, or {_INSTEAD}",
+                    "packed queries",
                 )
         return super().run()
 
@@ -90,7 +91,8 @@ class PackedSplitter(Splitter):
         if form.batch is None or form.merged or form.inner > 1:
             raise Refused(
                 f"{node.name} merges images with another axis, which packed queries of images of "
-                f"different numbers do not allow; {_INSTEAD}"
+                f"different numbers do not allow; {_INSTEAD}",
+                "packed queries",
             )
         for source in self._token_sources(node):
             if self.forms[source].prefix != form.prefix:
@@ -100,7 +102,8 @@ class PackedSplitter(Splitter):
     def _refuse_apart(node: fx.Node) -> NoReturn:
         raise Refused(
             f"{node.name} takes prefix tokens apart from the grid in a way that packed queries of "
-            f"images of different numbers do not allow; {_INSTEAD}"
+            f"images of different numbers do not allow; {_INSTEAD}",
+            "packed queries",
         )
 
     def _token_sources(self, node: fx.Node) -> list[fx.Node]:
@@ -185,7 +188,9 @@ class PackedSplitter(Splitter):
         if axis is None or axis < 0 or value.shape[axis] != self._images:
             return emitted
         if form.kind == "window" and (form.merged or form.inner > 1 or original in self.in_slots):
-            raise Refused(f"{original.name} has an entry per image where windows are packed")
+            raise Refused(
+                f"{original.name} has an entry per image where windows are packed", "packed queries"
+            )
         return self.graph.call_function(
             spread_images, (emitted, self.routing, rank, form.batch, form.axes)
         )
@@ -196,7 +201,10 @@ class PackedSplitter(Splitter):
         node = core.output
         form, rank = self.forms[core.query], len(self._shape(core.query))
         if form.axes != (rank - 2,) or form.batch != 0 or rank not in (3, 4):
-            raise Refused(f"{node.name}: queries are not laid out as (images, heads, tokens, C)")
+            raise Refused(
+                f"{node.name}: queries are not laid out as (images, heads, tokens, C)",
+                "packed queries",
+            )
         self._require_prefix(node, form)
         query = self._operand(core.query, False)
         mask = argument(node, 3, "attn_mask")
@@ -208,7 +216,9 @@ class PackedSplitter(Splitter):
             options["enable_gqa"] = True
         if isinstance(mask, fx.Node):
             if mask in self.worlds.asking:
-                raise Refused(f"{node.name}: its mask is made of the queries; {_INSTEAD}")
+                raise Refused(
+                    f"{node.name}: its mask is made of the queries; {_INSTEAD}", "packed queries"
+                )
             if self._shape(mask)[-2:-1] != (1,):
                 self.positional = True
             options["attn_mask"] = self.context[mask]
@@ -227,14 +237,17 @@ class PackedSplitter(Splitter):
         if self.layout.prefix and not form.prefix:
             raise Refused(
                 f"{node.name}: prefix tokens are not among its queries, which packed queries of "
-                f"images of different numbers do not allow; {_INSTEAD}"
+                f"images of different numbers do not allow; {_INSTEAD}",
+                "packed queries",
             )
 
     def _sample(self, core: Core) -> fx.Node:
         """Deformable attention: positions are packed queries, maps are of every image."""
         node, form = core.output, self.forms[core.query]
         if form.batch != 0 or form.axes[0] not in (1, 2) or len(self._shape(core.query)) != 4:
-            raise Refused(f"{node.name}: it does not sample per image and token; {_INSTEAD}")
+            raise Refused(
+                f"{node.name}: it does not sample per image and token; {_INSTEAD}", "packed queries"
+            )
         self._require_prefix(node, form)
         options: dict[str, Any] = {
             name: argument(node, place, name, default)
@@ -261,7 +274,10 @@ class PackedSplitter(Splitter):
         """nn.MultiheadAttention, from its parameters."""
         node = core.output
         if node.op != "call_module":
-            raise Refused(f"{node.name}: F.multi_head_attention_forward by itself; {_INSTEAD}")
+            raise Refused(
+                f"{node.name}: F.multi_head_attention_forward by itself; {_INSTEAD}",
+                "packed queries",
+            )
         module = self.trace.root.get_submodule(str(node.target))
         plain = (
             type(module) is nn.MultiheadAttention
@@ -271,11 +287,15 @@ class PackedSplitter(Splitter):
             and not module.add_zero_attn
         )
         if not plain or argument(node, 3, "key_padding_mask") is not None:
-            raise Refused(f"{node.name}: an nn.MultiheadAttention with extras; {_INSTEAD}")
+            raise Refused(
+                f"{node.name}: an nn.MultiheadAttention with extras; {_INSTEAD}", "packed queries"
+            )
         assert isinstance(module, nn.MultiheadAttention)
         form = self.forms[core.query]
         if form.batch != (0 if module.batch_first else 1) or len(self._shape(core.query)) != 3:
-            raise Refused(f"{node.name}: queries are not laid out as (images, tokens, C)")
+            raise Refused(
+                f"{node.name}: queries are not laid out as (images, tokens, C)", "packed queries"
+            )
         self._require_prefix(node, form)
         weights = []
         for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):

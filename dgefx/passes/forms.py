@@ -149,7 +149,7 @@ class FormFinder:
             self._run_base(inputs)
             result = self.base[self.worlds.output]
             if not bool(torch.isfinite(result).all()):
-                raise Refused("the block yields NaN or infinity on random input")
+                raise Refused("the block yields NaN or infinity on random input", "NaN or infinity")
             changed = [self._moved_stream(noise, probe) for probe in self.probes]
             return self._judge(changed)
 
@@ -328,7 +328,9 @@ class FormFinder:
 
 def _changed(base: Tensor, moved: Tensor) -> Tensor:
     if base.shape != moved.shape:
-        raise Refused("a value of the block changes its shape with the data")
+        raise Refused(
+            "a value of the block changes its shape with the data", "shapes follow the data"
+        )
     if not base.is_floating_point():
         return base != moved
     scale = base.abs().amax() if base.numel() else base.new_zeros(())

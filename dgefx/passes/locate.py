@@ -18,9 +18,11 @@ import networkx as nx
 from torch.fx import Graph, Node
 
 from dgefx.passes.capture import Capture, example_of
-from dgefx.passes.cores import Core, find_cores
+from dgefx.passes.cores import Core, search_cores
 from dgefx.passes.grid import GridFinder, Layout
 from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
+from dgefx.passes.refusals import KindName, Reason
+from dgefx.passes.unscored import unscored_cores
 
 _SINK = "sink"
 
@@ -33,19 +35,27 @@ _SCALING = _SAME | {"mul", "div"}
 _ATTENDS = frozenset(
     {"matmul", "einsum", "softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
 )
-_NO_ADD = (
+_NO_ADD = Reason(
     "no residual add around it: its queries do not ride on a residual stream (pooling head or "
-    "learned queries)"
+    "learned queries)",
+    "pooling head or learned queries",
 )
-_FOREIGN = (
+_FOREIGN = Reason(
     "its queries do not come from the stream that its output is added to, although its keys do: "
-    "foreign or learned queries"
+    "foreign or learned queries",
+    "foreign queries",
 )
-_OTHER_SHORTCUT = (
+_OTHER_SHORTCUT = Reason(
     "its queries do not come from what its output is added to: the shortcut around it is pooled or "
-    "projected, or belongs to another stream"
+    "projected, or belongs to another stream",
+    "pooled or projected shortcut",
 )
-_CHANNELS = "channel attention: queries are channels, not tokens"
+_CHANNELS = Reason("channel attention: queries are channels, not tokens", "channel attention")
+_UNSCORED = Reason(
+    "its weights are no product of queries and keys: linear, outlook or dynamic-convolution "
+    "attention",
+    "no query-key scores",
+)
 
 
 @dataclass
@@ -53,6 +63,7 @@ class Site:
     """One attention core of the model.
 
     name: the owning block (or, when refused, the innermost module). reason: why it stays dense.
+    kind: of the reason, see `passes.refusals`.
     """
 
     name: str
@@ -60,6 +71,11 @@ class Site:
     stream: Node | None = None
     layout: Layout | None = None
     reason: str | None = None
+    kind: KindName | None = None
+
+    def refuse(self, reason: Reason) -> None:
+        """It stays dense."""
+        self.reason, self.kind = reason.text, reason.kind
 
 
 def flow(graph: Graph) -> nx.DiGraph:
@@ -144,7 +160,7 @@ class _Residuals:
                 front.extend(fresh)
         return None
 
-    def around(self, core: Core) -> Residual | str:
+    def around(self, core: Core) -> Residual | Reason:
         """The residual add around a core, or the reason why there is none."""
         reason = _NO_ADD
         for stream, add in self._adds_after(core):
@@ -158,7 +174,9 @@ class _Residuals:
                 if not others:
                     return Residual(origin, add)
                 # queries are added to what they gave (MViT), or this is cross attention
-                reason = f"its {others[0]} do not come from the stream of its queries"
+                reason = Reason(
+                    f"its {others[0]} do not come from the stream of its queries", "cross attention"
+                )
             elif self.descends(core.key, stream):
                 reason = _FOREIGN
             elif reason is not _FOREIGN:
@@ -231,7 +249,7 @@ def keeps(output: Node, earlier: Node) -> bool:
 
 def _owner(
     graph: Graph, core: Core, residual: Residual, capture: Capture, only: str | None = None
-) -> tuple[str, Node] | str:
+) -> tuple[str, Node] | Reason:
     """(innermost module that takes the stream and gives it back updated, its stream input).
 
     Args:
@@ -245,24 +263,35 @@ def _owner(
         if entry is None:
             continue
         if len(leaving) != 1:
-            return f"module {module or '(root)'} hands out {len(leaving)} values, one expected"
+            return Reason(
+                f"module {module or '(root)'} hands out {len(leaving)} values, one expected",
+                "further results",
+            )
         (output,) = leaving
         if output.meta.get("shape") != entry.meta["shape"]:
-            return (
-                f"module {module or '(root)'} changes the stream's shape from "
-                f"{entry.meta['shape']} to {output.meta.get('shape')}"
+            before, after = entry.meta["shape"], output.meta.get("shape") or ()
+            one = len(before) == len(after) == 3 and before[1] > after[1] == 1
+            return Reason(
+                f"module {module or '(root)'} changes the stream's shape from {before} to {after}",
+                "class attention" if one else "no block module",
             )
         if not keeps(output, residual.add):
-            return (
+            return Reason(
                 f"the output of {module or '(root)'} is not its stream updated: what leads to it "
-                f"from the sum with the attention has another size"
+                f"from the sum with the attention has another size",
+                "no block module",
             )
         if capture.frames.get(module, 0) != 1:
-            return f"{module or '(root)'} runs {capture.frames.get(module, 0)} times per forward"
+            return Reason(
+                f"{module or '(root)'} runs {capture.frames.get(module, 0)} times per forward",
+                "shared module",
+            )
         if not module:
-            return "its block is the whole model, not a module of its own"
+            return Reason(
+                "its block is the whole model, not a module of its own", "no block module"
+            )
         return module, entry
-    return "no module takes the residual stream and returns it updated"
+    return Reason("no module takes the residual stream and returns it updated", "no block module")
 
 
 def _update_owner(
@@ -306,7 +335,7 @@ def _query_count(core: Core, layout: Layout, batch: int) -> int:
 
 def _query_reason(
     core: Core, stream: Node, layout: Layout, finder: GridFinder, batch: int
-) -> str | None:
+) -> Reason | None:
     """Why the core's queries are not the tokens of the stream, or None."""
     tokens = layout.grid[0] * layout.grid[1]
     held, all_tokens = finder.held(core.query), finder.held(stream)
@@ -320,27 +349,34 @@ def _query_reason(
     elif held.in_features:
         return _CHANNELS
     elif not held.count:
-        return "its queries are prefix tokens alone: class attention"
+        return Reason("its queries are prefix tokens alone: class attention", "class attention")
     else:
         count = held.count
         same_grid = (held.grid, count) == (all_tokens.grid, all_tokens.count)
     if same_grid:
         return None
-    return (
+    if count == 1:
+        return Reason(
+            f"1 query against {layout.tokens} tokens: class attention, or pooling to one token",
+            "class attention",
+        )
+    return Reason(
         f"{count} queries against {layout.tokens} tokens: class or pooling attention, or a query "
-        f"path that changes the grid"
+        f"path that changes the grid",
+        "queries on another grid",
     )
 
 
-def _multi_scale(core: Core, cores: list[Core]) -> str | None:
+def _multi_scale(core: Core, cores: list[Core]) -> Reason | None:
     """Why a stream has no layout whose tokens sample several maps at once."""
     stack = core.output.meta["stack"]
     beside = [c for c in cores if c.kind == "grid_sample" and c.output.meta["stack"] == stack]
     if core not in beside or len(beside) < 2:
         return None
-    return (
+    return Reason(
         "multi-scale deformable attention: the stream is several grids one after another, not "
-        "prefix tokens followed by the grid in raster order"
+        "prefix tokens followed by the grid in raster order",
+        "several grids",
     )
 
 
@@ -351,8 +387,9 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         batch: images in the example call.
     """
     graph = capture.graph
-    cores = find_cores(graph, example_of)
-    if not cores:
+    cores, search = search_cores(graph, example_of)
+    unscored = unscored_cores(graph, search, cores)
+    if not cores and not unscored:
         return []
     residuals, finder = _Residuals(graph), GridFinder()
     sites = []
@@ -361,11 +398,11 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         site = Site(stack[-1] if stack else "", core)
         sites.append(site)
         residual = residuals.around(core)
-        if isinstance(residual, str):
-            site.reason = residual
+        if isinstance(residual, Reason):
+            site.refuse(residual)
             continue
         owner, is_update = _owner(graph, core, residual, capture), False
-        if isinstance(owner, str):
+        if isinstance(owner, Reason):
             # what it asks with says more than what its module does
             layout = finder.layout(residual.stream)
             asks = isinstance(layout, Layout) and _query_reason(
@@ -373,24 +410,45 @@ def locate(capture: Capture, batch: int) -> list[Site]:
             )
             found = None if asks else _update_owner(graph, core, residuals, capture, finder)
             if found is None:
-                site.reason = asks or owner
+                site.refuse(asks or owner)
                 continue
             owner, is_update = found, True
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
         if isinstance(layout, str):
-            site.reason = site.reason or _multi_scale(core, cores) or layout
+            held = finder.held(site.stream)
+            unplaced = Reason(layout, "token order" if held else "layout unknown")
+            if held is not None and held.grid == (1, 1):
+                unplaced = Reason("a grid of 1 x 1 has nothing to pool", "nothing to pool")
+            site.refuse(_multi_scale(core, cores) or unplaced)
             continue
         site.layout = replace(layout, update=is_update)
-        site.reason = site.reason or _query_reason(core, site.stream, layout, finder, batch)
-        if site.reason is None and layout.grid[0] * layout.grid[1] < 4:
-            site.reason = f"a grid of {layout.grid[0]} x {layout.grid[1]} has nothing to pool"
+        asking = _query_reason(core, site.stream, layout, finder, batch)
+        if asking is not None:
+            site.refuse(asking)
+        elif layout.grid[0] * layout.grid[1] < 4:
+            few = f"a grid of {layout.grid[0]} x {layout.grid[1]} has nothing to pool"
+            site.refuse(Reason(few, "nothing to pool"))
     _refuse_outer_blocks(sites)
     joined = _join_shared_blocks(sites)
     for site in joined:
         if site.reason is None:
             _widen(graph, site, cores, residuals, capture, finder)
-    return joined
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    both = joined + _unscored_sites(unscored, {site.name for site in joined})
+    return sorted(both, key=lambda site: order[site.core.output])
+
+
+def _unscored_sites(unscored: list[Core], names: set[str]) -> list[Site]:
+    """One per module that has none yet."""
+    sites: dict[str, Site] = {}
+    for core in unscored:
+        stack = core.output.meta["stack"]
+        name = stack[-1] if stack else ""
+        if name not in names and name not in sites:
+            sites[name] = Site(name, core)
+            sites[name].refuse(_UNSCORED)
+    return list(sites.values())
 
 
 def _refuse_outer_blocks(sites: list[Site]) -> None:
@@ -398,7 +456,8 @@ def _refuse_outer_blocks(sites: list[Site]) -> None:
     for site in sites:
         inner = [s.name for s in sites if s.reason is None and s.name.startswith(f"{site.name}.")]
         if site.reason is None and inner:
-            site.reason = f"{site.name} also holds the block {inner[0]}, which converts by itself"
+            also = f"{site.name} also holds the block {inner[0]}, which converts by itself"
+            site.refuse(Reason(also, "outer block"))
 
 
 def _join_shared_blocks(sites: list[Site]) -> list[Site]:
@@ -407,11 +466,12 @@ def _join_shared_blocks(sites: list[Site]) -> list[Site]:
     levels: set[tuple[str, str | None]] = set()  # one attention samples one map per level
     for site in sites:
         shared = [s for s in sites if s.name == site.name]
-        refused = next((s.reason for s in shared if s.reason is not None), None)
+        refused = next((s for s in shared if s.reason is not None), None)
         if refused is None and shared[0] is not site:
             continue
         if site.reason is None and refused is not None:
-            site.reason = f"another attention of {site.name} does not convert: {refused}"
+            also = f"another attention of {site.name} does not convert: {refused.reason}"
+            site.refuse(Reason(also, refused.kind or "other"))
         if site.core.kind == "grid_sample":
             if (site.name, site.reason) in levels:
                 continue
@@ -440,7 +500,7 @@ def _widen(
         if site.layout is not None and site.layout.update:
             return
         residual = residuals.around(site.core)
-        if not module or len(held) != len(own) or isinstance(residual, str):
+        if not module or len(held) != len(own) or isinstance(residual, Reason):
             return
         more = [
             node
@@ -453,7 +513,7 @@ def _widen(
         if not all(_is_tokenwise(node) for node in more):
             return
         owner = _owner(graph, site.core, residual, capture, module)
-        if isinstance(owner, str):
+        if isinstance(owner, Reason):
             return
         layout = finder.layout(owner[1])
         if weighted and isinstance(layout, Layout):

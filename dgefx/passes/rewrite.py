@@ -57,7 +57,9 @@ def _stream_placeholder(traced: Trace, layout: Layout, shape: tuple[int, ...]) -
         and tuple(traced.values[n].shape) == shape
     ]
     if not found:
-        raise Refused(f"no argument of the block holds its stream of shape {shape}")
+        raise Refused(
+            f"no argument of the block holds its stream of shape {shape}", "no block module"
+        )
     return found[0]
 
 
@@ -94,19 +96,21 @@ def plan_block(
         Refused, TraceError: the reason why the block stays dense.
     """
     if "forward" in vars(block):
-        raise Refused("its forward is patched on the instance")
+        raise Refused("its forward is patched on the instance", "forward signature")
     try:
         spec = CallSpec.of(block, *call)
     except ValueError as error:
-        raise Refused(str(error)) from error
+        raise Refused(str(error), "forward signature") from error
     evaluated = _split(block, spec, layout, shape, packs, training=False)
     trained = _split(block, spec, layout, shape, packs, training=True)
     if evaluated.windows != trained.windows:
-        raise Refused("its windows differ between eval and train mode")
+        raise Refused("its windows differ between eval and train mode", "train and eval differ")
     constants = dict(evaluated.constants)
     for key, value in trained.constants.items():
         if key in constants and not constants[key].equal(value):
-            raise Refused("its constants differ between eval and train mode")
+            raise Refused(
+                "its constants differ between eval and train mode", "train and eval differ"
+            )
         constants[key] = value
     return BlockPlan(
         name=name,

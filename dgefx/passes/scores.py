@@ -65,6 +65,16 @@ class Written:
     key_axes: frozenset[tuple[Node, int]]
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """A softmax and a product that sums over what it normalises. value: which operand of `product`
+    the softmax weighs."""
+
+    softmax: Node
+    product: Product
+    value: int
+
+
 def _rank(value: Any) -> int:
     return value.dim() if isinstance(value, Tensor) else 0
 
@@ -205,13 +215,13 @@ class WrittenAttention:
 
     Attributes:
         unscored: softmaxes that weigh something in a product although no product of queries and
-            keys leads to them, with that product.
+            keys leads to them; see `passes.unscored`.
     """
 
     def __init__(self, graph: Graph, root: nn.Module | None, values: Values) -> None:
         self.graph, self.root, self.values = graph, root, values
         self._follower = _Follower(root, values)
-        self.unscored: list[tuple[Node, Node]] = []
+        self.unscored: list[Weighed] = []
 
     def find(self) -> list[Written]:
         """In the order of their scores."""
@@ -240,10 +250,10 @@ class WrittenAttention:
         axis = _softmax_axis(softmax, self.root, rank) if rank else None
         if softmax in scored or axis is None:
             return
-        for output, _ in self._sums(softmax, axis):
-            self.unscored.append((softmax, output.node))
+        for product, value in self._sums(softmax, axis):
+            self.unscored.append(Weighed(softmax, product, value))
 
-    def _reached(self, start: Node, axis: int) -> Iterator[tuple[Node, Node, int]]:
+    def reached(self, start: Node, axis: int) -> Iterator[tuple[Node, Node, int]]:
         """(reader, what it reads, where the axis lies there), as far as it can be followed."""
         seen, front = {start}, [(start, axis)]
         while front:
@@ -259,7 +269,7 @@ class WrittenAttention:
         """(which operand holds the keys, softmax, axis of the keys)."""
         for key, kept in enumerate(scores.kept):
             for _, axis in kept:
-                for user, _, place in self._reached(scores.node, axis):
+                for user, _, place in self.reached(scores.node, axis):
                     if op_name(user, self.root) != "softmax":
                         continue
                     rank = _rank(self.values(user))
@@ -272,7 +282,7 @@ class WrittenAttention:
 
     def _sums(self, softmax: Node, axis: int) -> Iterator[tuple[Product, int]]:
         """(product that sums over the keys, which operand the values are)."""
-        for user, weights, place in self._reached(softmax, axis):
+        for user, weights, place in self.reached(softmax, axis):
             product = product_of(user, self.root, self.values)
             if product is None:
                 continue

@@ -45,13 +45,24 @@ def split(trace: Trace, stream: fx.Node, layout: Layout, packs: bool = False) ->
         if core.kind == "multi_head_attention_forward":
             asks = forms.get(core.query)  # its output is a tuple and has no form
             if asks is not None and asks.kind in ("window", "moving") and finder.windowed:
-                raise Refused("nn.MultiheadAttention inside windows")
+                raise Refused(
+                    "nn.MultiheadAttention inside windows", "nn.MultiheadAttention in windows"
+                )
         elif form is not None and form.kind == "dense":
-            raise Refused("its queries are tokens of another grid, which its query path lays out")
+            raise Refused(
+                "its queries are tokens of another grid, which its query path lays out",
+                "queries on another grid",
+            )
         elif form is None or form.kind in ("free", "moving") or form.mixes:
             if core.kind == "grid_sample":
-                raise Refused("deformable attention whose sampling grid does not follow the tokens")
-            raise Refused("channel attention: its output does not follow the tokens of its queries")
+                raise Refused(
+                    "deformable attention whose sampling grid does not follow the tokens",
+                    "output does not follow queries",
+                )
+            raise Refused(
+                "its output does not follow the tokens of its queries",
+                "output does not follow queries",
+            )
     fused = fused_projections(trace, worlds, finder.base)
     splitter = PackedSplitter if packs else Splitter
     return splitter(trace, worlds, finder, layout, fused).run()
@@ -63,8 +74,11 @@ def _refuse_masks(core: Core) -> None:
         core.kind == "scaled_dot_product_attention"
         and argument(node, 5, "is_causal", False) is True
     ):
-        raise Refused("causal attention: queries that are pooled have no place in the order")
+        raise Refused(
+            "causal attention: queries that are pooled have no place in the order",
+            "causal attention",
+        )
     if core.kind == "multi_head_attention_forward" and isinstance(
         node.kwargs.get("attn_mask"), fx.Node
     ):
-        raise Refused("nn.MultiheadAttention with an attention mask")
+        raise Refused("nn.MultiheadAttention with an attention mask", "attention mask")

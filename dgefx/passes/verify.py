@@ -94,19 +94,20 @@ def _stream(call: Call, shape: tuple[int, ...]) -> Tensor:
     for leaf in pytree.tree_leaves(call):
         if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape:
             return leaf
-    raise Refused(f"no argument of the block holds its stream of shape {shape}")
+    raise Refused(f"no argument of the block holds its stream of shape {shape}", "no block module")
 
 
 def _require_equal(found: Tensor, wanted: Tensor, stream: Tensor, what: str) -> None:
     if not bool(torch.isfinite(wanted).all()):
-        raise Refused("verification: the dense block yields NaN or infinity")
+        raise Refused("verification: the dense block yields NaN or infinity", "NaN or infinity")
     update = (wanted - stream).double().norm().item()
     error = (found - wanted).double().norm().item()
     allowed = TOLERANCE * update + _ROUNDING * stream.double().norm().item()
     if not error <= allowed:
         raise Refused(
             f"verification: {what} differs from the dense block by "
-            f"{error / max(update, 1e-30):.1e} of its update"
+            f"{error / max(update, 1e-30):.1e} of its update",
+            "verification failed",
         )
 
 
@@ -232,11 +233,13 @@ def _verify_coarse(
     try:
         found = _run(converted, probe)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        raise Refused(f"verification: fails at mixed granularities: {error}") from error
+        raise Refused(
+            f"verification: fails at mixed granularities: {error}", "verification failed"
+        ) from error
     finally:
         handle.remove()
     if not bool(torch.isfinite(found).all()):
-        raise Refused("verification: NaN or infinity at mixed granularities")
+        raise Refused("verification: NaN or infinity at mixed granularities", "verification failed")
     if dense is not None and plan.exact_at_any_level:
         wanted = _run(dense, probe)
         before = torch.zeros_like(stream) if plan.layout.update else stream

@@ -115,7 +115,7 @@ class WindowForms:
     def seed(self, form: Form, shape: torch.Size, grid: tuple[int, int]) -> Tensor:
         """Numbers of a value of this shape that has this form; ill-fitting shapes have none."""
         if form.batch is None or form.prefix or form.kind in ("free", "moving"):
-            raise Refused("tokens are moved that are not in the image's order")
+            raise Refused("tokens are moved that are not in the image's order", "windows")
         if form.kind == "window":
             return self._window_seed(form, shape)
         if form.kind == "flat":
@@ -174,7 +174,7 @@ class WindowForms:
         found = read_partition(numbers, images, self.layout.grid, self.slots)
         if self.partition is not None:
             if found is not None:
-                raise Refused("the block has two different partitions into windows")
+                raise Refused("the block has two different partitions into windows", "windows")
             return
         self.partition, self.landing = found, node if found else None
 

@@ -19,11 +19,16 @@ from torch.fx import Graph, Node
 from dgefx.passes.cores import Core, find_cores, map_sources
 from dgefx.passes.form import size_read
 from dgefx.passes.ops import MOVEMENT, VIEWS, op_name
+from dgefx.passes.refusals import KindName
 from dgefx.passes.trace import Trace
 
 
 class Refused(ValueError):
     """A block that stays dense; the message is the reason shown in the report."""
+
+    def __init__(self, reason: str, kind: KindName = "other") -> None:
+        super().__init__(reason)
+        self.kind: KindName = kind
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,11 @@ def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
     moving = [n for n in results if n in reached and carries_tensor(trace.values.get(n))]
     fitting = [n for n in moving if getattr(trace.values[n], "shape", None) == shape]
     if not fitting:
-        raise Refused("no result of the block has the shape of its input stream")
+        raise Refused("no result of the block has the shape of its input stream", "no block module")
     if len(moving) > 1:
-        raise Refused("the block returns further results that depend on its input")
+        raise Refused(
+            "the block returns further results that depend on its input", "further results"
+        )
     return fitting[0]
 
 
@@ -151,7 +158,7 @@ class _Walk:
         self.trace, self.stream, self.token_counts = trace, stream, token_counts
         self.cores = tuple(find_cores(trace.graph, trace.values.get, trace.root))
         if not self.cores:
-            raise Refused("no attention in the traced block")
+            raise Refused("no attention in the traced block", "other")
         # `q.type_as(v)` asks for a dtype, not for v of the queries
         of_type = {(n, 1) for n in trace.graph.nodes if op_name(n, trace.root) == "type_as"}
         self.edges: frozenset[tuple[Node, int | str]] = frozenset(of_type).union(
@@ -278,7 +285,7 @@ class _Walk:
                 self._visit_sources(node, world)
         for core in self.cores:
             if core.output not in self.query:
-                raise Refused("an attention of the block does not lead to its output")
+                raise Refused("an attention of the block does not lead to its output", "other")
         return Worlds(
             self.stream,
             self.output,

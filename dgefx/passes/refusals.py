@@ -1,0 +1,235 @@
+"""Why blocks stay dense: a frozen vocabulary, and what the user can do about each kind.
+
+Every pass that refuses names one of these kinds beside its reason, a text about the one block.
+`dgefx.report` shows a kind's advice once, `dgefx.coverage` asks whether dense is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+KindName = Literal[
+    "class attention",
+    "channel attention",
+    "pooling head or learned queries",
+    "cross attention",
+    "foreign queries",
+    "pooled or projected shortcut",
+    "queries on another grid",
+    "nothing to pool",
+    "causal attention",
+    "no query-key scores",
+    "attention mask",
+    "nn.MultiheadAttention in windows",
+    "output does not follow queries",
+    "several grids",
+    "layout unknown",
+    "token order",
+    "no block module",
+    "shared module",
+    "outer block",
+    "forward signature",
+    "further results",
+    "not traceable",
+    "shapes follow the data",
+    "train and eval differ",
+    "mixes tokens",
+    "windows",
+    "table beside the queries",
+    "packed queries",
+    "NaN or infinity",
+    "verification failed",
+    "nothing to save",
+    "left out by filter",
+    "quantised",
+    "compiled",
+    "other",
+]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """right: whether staying dense is right, because this is no attention of the tokens of a
+    stream's grid among themselves. advice: what the user can do next."""
+
+    right: bool
+    advice: str
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why one attention stays dense."""
+
+    text: str
+    kind: KindName
+
+
+KINDS: dict[KindName, Kind] = {
+    "class attention": Kind(
+        True, "nothing to do: a few class queries per image cost next to nothing"
+    ),
+    "channel attention": Kind(
+        True,
+        "nothing to do: its queries are channels, so there are no tokens to ask for less often",
+    ),
+    "pooling head or learned queries": Kind(
+        True,
+        "nothing to do for a head or learned queries; a block of the backbone has to add its "
+        "attention to its stream in forward, x + attention(norm(x))",
+    ),
+    "cross attention": Kind(
+        True, "nothing to do: only attention of a stream to itself converts, its other blocks do"
+    ),
+    "foreign queries": Kind(
+        True, "nothing to do: blocks whose queries are projections of their own stream convert"
+    ),
+    "pooled or projected shortcut": Kind(
+        True,
+        "nothing to do where the block changes the grid or the width, the blocks after it convert; "
+        "where it does not, add the attention to what its queries are made of",
+    ),
+    "queries on another grid": Kind(
+        True,
+        "nothing to do: the layer sets its number of queries itself; layers that ask with every "
+        "token of their stream convert",
+    ),
+    "nothing to pool": Kind(
+        True,
+        "nothing to do at this image size; if the model is to run on larger images, pass those as "
+        "example_inputs",
+    ),
+    "causal attention": Kind(
+        True,
+        "nothing to do where the order of the tokens matters; attention among all tokens of an "
+        "image is called with is_causal=False",
+    ),
+    "no query-key scores": Kind(
+        True,
+        "nothing to do: its cost does not grow with queries times keys; blocks with softmax "
+        "attention in the same model convert",
+    ),
+    "attention mask": Kind(
+        False,
+        "call the model without a mask, or write the attention with "
+        "torch.nn.functional.scaled_dot_product_attention, whose attn_mask converts",
+    ),
+    "nn.MultiheadAttention in windows": Kind(
+        False,
+        "write the attention in the windows with "
+        "torch.nn.functional.scaled_dot_product_attention between nn.Linear layers",
+    ),
+    "output does not follow queries": Kind(
+        False,
+        "nothing to do if it attends over channels or heads, or samples around points that are "
+        "not its tokens; else keep the tokens of the queries on an axis of their own, the same "
+        "from the projection to the output",
+    ),
+    "several grids": Kind(
+        False,
+        "build the model with one feature level if it allows that (num_feature_levels=1 in "
+        "transformers); a stream of several grids one after another is not supported",
+    ),
+    "layout unknown": Kind(
+        False,
+        "convert the model together with its patch embedding (a convolution, unfold, or view and "
+        "linear, on images of (B, C, H, W)) and pass images as example_inputs, not tokens",
+    ),
+    "token order": Kind(
+        False,
+        "hand the stream from block to block as (B, prefix + H * W, C), (B, H, W, C) or "
+        "(B, C, H, W) in raster order, prefix tokens in front; windows and other orders belong "
+        "inside the block",
+    ),
+    "no block module": Kind(
+        False,
+        "put the attention together with its residual add into an nn.Module of its own that takes "
+        "the stream as a tensor and returns it updated, in the same shape",
+    ),
+    "shared module": Kind(
+        False, "give every use a module of its own; the modules may share their parameters"
+    ),
+    "outer block": Kind(
+        False,
+        "nothing to do for the inner block; the outer one's own attention converts when the inner "
+        "block is moved out of its module",
+    ),
+    "forward signature": Kind(
+        False,
+        "define forward in the block's class, with named arguments: not *args, and not assigned "
+        "to the instance (block.forward = ...)",
+    ),
+    "further results": Kind(
+        False,
+        "switch off what the block returns beside its stream: attention maps "
+        "(output_attentions=False, need_weights=False), caches (use_cache=False)",
+    ),
+    "not traceable": Kind(
+        False,
+        "rewrite the operation that the reason names (no .item() or branch on tensor values, no "
+        "in-place change of parameters, buffers or constants) or mark its function with "
+        "torch.fx.wrap; else report it with the block's code",
+    ),
+    "shapes follow the data": Kind(
+        False, "switch off what selects, prunes or merges tokens by their values in the block"
+    ),
+    "train and eval differ": Kind(
+        False,
+        "let forward compute the same in both modes but for dropout, drop path and batch norm, "
+        "from the same constants and windows",
+    ),
+    "mixes tokens": Kind(
+        False,
+        "move the operation out of the block, or let it take and give back the whole grid as "
+        "(B, tokens, C), (B, H, W, C) or (B, C, H, W), with images alone on the first axis",
+    ),
+    "windows": Kind(
+        False,
+        "cut the grid into windows once per block, by view and permute (padding and roll are "
+        "followed), with images first, and let nothing but attention mix tokens inside them",
+    ),
+    "table beside the queries": Kind(
+        False,
+        "give the table one entry per query on the axis of the queries, as (heads, N, N) for "
+        "scores of (B, heads, N, N), and images an axis of their own",
+    ),
+    "packed queries": Kind(
+        False,
+        'use DGEConfig(budget="per_image"), whose queries are not packed; attention that is '
+        "written out converts packed once the model's fused attention is switched on",
+    ),
+    "NaN or infinity": Kind(
+        False,
+        "find what yields NaN or infinity in the dense block in float32 on random tokens "
+        "(a division, exp or log without a bound, a mask over all keys of a query)",
+    ),
+    "verification failed": Kind(
+        False,
+        "please report it with the block's code and this message; the block stays dense, so the "
+        "model's output is right",
+    ),
+    "nothing to save": Kind(
+        False,
+        "nothing to do at this image size: too few queries to make up for pooling; larger images "
+        "or coarser DGEConfig(granularities=...) may save some",
+    ),
+    "left out by filter": Kind(False, "nothing to do: filter_fn asked for it"),
+    "quantised": Kind(False, "convert the model first and quantise the converted one"),
+    "compiled": Kind(
+        False,
+        "put block._orig_mod back in the block's place before convert(); compile it afterwards, "
+        "or use block.compile(), which wraps nothing",
+    ),
+    "other": Kind(
+        False,
+        "please report it with the block's code and this message; filter_fn=lambda module, name: "
+        "... leaves a block out",
+    ),
+}
+
+
+def advice_lines(kinds: Iterable[str]) -> list[str]:
+    """ "kind: advice", once per kind, in the order in which kinds come first."""
+    known: dict[str, Kind] = dict(KINDS.items())
+    return [f"{kind}: {known[kind].advice}" for kind in dict.fromkeys(kinds) if kind in known]
