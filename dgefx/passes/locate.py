@@ -270,7 +270,7 @@ def _owner(
         (output,) = leaving
         if output.meta.get("shape") != entry.meta["shape"]:
             before, after = entry.meta["shape"], output.meta.get("shape") or ()
-            one = len(before) == len(after) == 3 and before[1] > after[1] == 1
+            one = len(before) == len(after) == 3 and before[1:2] > after[1:2] == (1,)
             return Reason(
                 f"module {module or '(root)'} changes the stream's shape from {before} to {after}",
                 "class attention" if one else "no block module",

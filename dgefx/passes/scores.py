@@ -277,7 +277,7 @@ class WrittenAttention:
                         yield key, user, place
 
     def _key_axes(self, scores: Product, key: int) -> frozenset[tuple[Node, int]]:
-        reached = (self._reached(scores.node, axis) for _, axis in scores.kept[key])
+        reached = (self.reached(scores.node, axis) for _, axis in scores.kept[key])
         return frozenset((node, place) for way in reached for _, node, place in way)
 
     def _sums(self, softmax: Node, axis: int) -> Iterator[tuple[Product, int]]:
