@@ -149,10 +149,15 @@ def test_padded_windows_and_back() -> None:
     assert layout_of(function, (28, 20)) == Layout("BHWC", (7, 5), 0, "embed")
 
 
-def test_streams_in_windows_are_not_in_raster_order() -> None:
-    assert "raster" in str(layout_of(lambda _, x: windows(x, 0).view(x.shape[0], -1, 4, WIDTH)))
-    # one window holds the image, but as one line of a plane
-    assert "raster" in str(layout_of(lambda _, x: x.reshape(x.shape[0], 1, -1, WIDTH)))
+def test_streams_in_parts_of_an_image() -> None:
+    # a line of a window is a part of its own
+    found = layout_of(lambda _, x: windows(x, 0).view(x.shape[0], -1, 4, WIDTH))
+    assert isinstance(found, Layout)
+    assert (found.order, found.grid) == ("B16NC", (1, 4))
+    # one part holds the image
+    whole = layout_of(lambda _, x: x.reshape(x.shape[0], 1, -1, WIDTH))
+    assert isinstance(whole, Layout)
+    assert (whole.order, whole.grid) == ("B1NC", (8, 8))
 
 
 def test_a_convolution_that_keeps_the_plane_keeps_the_tokens() -> None:

@@ -207,7 +207,6 @@ class Head(Parts):
         (Pooled(), "16 queries against 64 tokens"),
         (Channels(), "channel attention"),
         (ClassBlock(), "prefix tokens alone: class attention"),
-        (Cut(), "not its stream updated"),
         (Head(), "no residual add around it"),
     ],
     ids=lambda b: type(b).__name__ if isinstance(b, nn.Module) else "",
@@ -259,6 +258,12 @@ def test_caformer_scales_its_residuals() -> None:
     assert [s.reason for s in found] == [None] * 12
     names = [f"stages.{i}.blocks.{j}" for i, depth in ((2, 9), (3, 3)) for j in range(depth)]
     assert [s.name for s in found] == names
+
+
+def test_an_attention_without_a_block_converts_as_an_update() -> None:
+    (site,) = sites(Cut())
+    assert site.reason is None and site.name == "block.attn"
+    assert site.layout is not None and site.layout.update
 
 
 def test_xcit_is_channel_and_class_attention() -> None:

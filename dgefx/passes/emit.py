@@ -316,6 +316,8 @@ class Splitter:
             return self._kept_size(node, read[0], axis)
         if form.kind not in ("tokens", "grid") and (form.kind != "window" or self.finder.windowed):
             return None
+        if self._is_padded(read[0]):
+            return None
         if len(form.axes) == 2 and axis in form.axes:
             return call(operator.getitem, (self.grid, form.axes.index(axis)))
         if axis in form.axes:
@@ -326,6 +328,17 @@ class Splitter:
             return None
         images = self.graph.call_method("size", (self.tokens, 0))
         return call(operator.mul, (images, form.inner)) if form.inner > 1 else images
+
+    def _is_padded(self, node: fx.Node) -> bool:
+        """Whether a value was padded or cropped on its way, if only at other sizes than this."""
+        while node.op != "call_module" and op_name(node, self.trace.root) in MOVES:
+            if op_name(node, self.trace.root) in ("pad", "getitem", "narrow"):
+                return True
+            source = self._source(node)
+            if not isinstance(source, fx.Node):
+                return False
+            node = source
+        return False
 
     def _kept_size(self, node: fx.Node, source: fx.Node, axis: int) -> Any:
         """The size along an axis of no tokens, which is the same in both worlds."""
