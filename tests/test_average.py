@@ -28,6 +28,7 @@ from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import plans
 from dgefx.nn.router import Router
 from dgefx.passes.verify import random_levels
+from dgefx.training import set_gates
 from tests.helpers import Attention, TinyViT, error, images, macs, randomise
 
 AVERAGE = DGEConfig(budget="average")
@@ -350,10 +351,36 @@ def test_attention_dropout_takes_the_padded_way() -> None:
     wanted = packed_attention(queries, context, context, routing)
     ragged, real = routing.ragged, int(routing.ragged.offsets[-1])
     packed = queries[0].transpose(0, 1)
-    found = _with_dropout(packed, context, context, ragged, None, None, 0.0, None)
+    found = _with_dropout(packed, context, context, routing, None, None, 0.0, None)
     assert torch.allclose(found.transpose(0, 1)[:, :real], wanted[0, :, :real], atol=1e-6)
     dropped = packed_attention(queries, context, context, routing, dropout_p=0.5)
     assert dropped.shape == wanted.shape and error(dropped, wanted) > 0.1
+
+
+def test_attention_dropout_with_the_queries_of_all_levels() -> None:
+    class DroppingAttention(Attention):
+        """Drops none of its few hundred weights: what is left is the way that dropout takes."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            y = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(*y.unbind(0), dropout_p=1e-9)
+            return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+    dense = lively(TinyViT(prefix=1, depth=1, make=lambda dim: DroppingAttention(dim, 2)))
+    x = images(3, 48)
+    config = DGEConfig(router="linear", budget="average", capacity=None)
+    model = dgefx.convert(dense, 0.9, example_inputs=x, config=config)
+    gate = blocks(model)["blocks.0"].dge_router.gate
+    assert gate is not None
+    nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(gate.bias)  # every level is asked for
+    set_gates(model.train(), noise=False, path="sparse")
+    wanted = model(x).detach()  # with gradients: all levels are computed for nothing else
+    assert error(wanted, output(dense, x)) > 1e-3
+    set_gates(model, path="dense")
+    # other numbers of queries in one formula
+    assert error(model(x).detach(), wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("style", ["timm", "torchvision"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgefx.kernels.attend import attend
 from dgefx.kernels.pool import patch_means, patch_sums
-from dgefx.kernels.ragged import Ragged, from_padded, to_padded
+from dgefx.kernels.ragged import from_padded, to_padded
 from dgefx.kernels.routing import Routing
 
 
@@ -89,7 +89,7 @@ def packed_attention(
         bias = bias.to(query.dtype)
     packed = query.squeeze(0).transpose(0, 1)  # (T, heads, C)
     if dropout_p > 0.0:
-        found = _with_dropout(packed, key, value, ragged, bias, row, dropout_p, scale)
+        found = _with_dropout(packed, key, value, routing, bias, row, dropout_p, scale)
     else:
         found = attend(packed, key, value, ragged.offsets, bias, row, scale)
     return found.transpose(0, 1).unsqueeze(0)
@@ -99,14 +99,18 @@ def _with_dropout(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    ragged: Ragged,
+    routing: Routing,
     bias: Tensor | None,
     row: Tensor | None,
     dropout_p: float,
     scale: float | None,
 ) -> Tensor:
-    """Padded to as many queries as tokens: dropout of attention weights is for training only."""
-    longest = ragged.row.shape[1]
+    """Padded to as many queries as an image can have: dropout of attention weights is for training
+    only."""
+    ragged = routing.ragged
+    assert ragged is not None
+    # all patches of all levels are queries where all granularities are computed
+    longest = ragged.row.shape[1] if routing.alternatives is None else ragged.patches
     padded = to_padded(query.flatten(1), ragged, longest).unflatten(2, query.shape[1:])
     mask = None
     if bias is not None and row is not None:

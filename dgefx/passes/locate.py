@@ -346,7 +346,7 @@ def _query_reason(
             return _CHANNELS
         count = _query_count(core, layout, batch)
         same_grid = count >= tokens
-    elif held.in_features:
+    elif held.in_features != (-1 in core.query_axes):  # the last axis is that of features, or not
         return _CHANNELS
     elif not held.count:
         return Reason("its queries are prefix tokens alone: class attention", "class attention")
