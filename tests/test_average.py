@@ -349,7 +349,7 @@ def test_attention_dropout_takes_the_padded_way() -> None:
     queries = dgefx.kernels.pool.pool(tokens, routing).unflatten(2, (2, 4)).transpose(1, 2)
     context = tokens.unflatten(2, (2, 4)).transpose(1, 2)
     wanted = packed_attention(queries, context, context, routing)
-    ragged, real = routing.ragged, int(routing.ragged.offsets[-1])
+    real = int(routing.ragged.offsets[-1])
     packed = queries[0].transpose(0, 1)
     found = _with_dropout(packed, context, context, routing, None, None, 0.0, None)
     assert torch.allclose(found.transpose(0, 1)[:, :real], wanted[0, :, :real], atol=1e-6)

@@ -264,8 +264,15 @@ def test_accumulated_micro_batches_each_have_their_loss() -> None:
     assert error(gate_gradients(model), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("path", ["sparse", "dense"])
-@pytest.mark.parametrize("config", [OPEN, DGEConfig(router="linear")])
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        (OPEN, "dense"),
+        (DGEConfig(router="linear"), "sparse"),
+        pytest.param(OPEN, "sparse", marks=pytest.mark.slow),
+        pytest.param(DGEConfig(router="linear"), "dense", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_training_step_has_the_same_gradients(config: DGEConfig, path: str) -> None:
     model, x, _ = converted(config=config)
     set_gates(lively_gates(model), path=path)
