@@ -376,7 +376,7 @@ def test_attention_dropout_with_the_queries_of_all_levels() -> None:
     nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
     nn.init.zeros_(gate.bias)  # every level is asked for
     set_gates(model.train(), noise=False, path="sparse")
-    wanted = model(x).detach()  # with gradients: all levels are computed for nothing else
+    wanted = model(x).detach()  # with gradients: all levels are computed only then
     assert error(wanted, output(dense, x)) > 1e-3
     set_gates(model, path="dense")
     # other numbers of queries in one formula

@@ -42,6 +42,17 @@ def test_a_few(spec: Spec) -> None:
         Spec(block=BlockSpec(AttentionSpec(core="einsum_dots"), WindowSpec())),
         # reads the size of its queries: not to be projected for that alone
         Spec(block=BlockSpec(AttentionSpec(core="bmm"))),
+        # reads the number of keys off the attention weights: not to be computed on all tokens
+        Spec(block=BlockSpec(AttentionSpec(core="bmm_sizes"))),
+        # as many heads as the grid has rows
+        Spec(grid=(4, 4), block=BlockSpec(AttentionSpec(core="bmm_sizes", heads=4))),
+        Spec(block=BlockSpec(AttentionSpec(core="einsum_dots", heads=1))),
+        Spec(block=BlockSpec(AttentionSpec(core="transposed_softmax"))),
+        # lays its values out by the number of windows, read off the attention weights
+        Spec(
+            grid=(3, 7),
+            block=BlockSpec(AttentionSpec(core="bmm"), WindowSpec(kind="grid", size=(2, 2))),
+        ),
     ],
     ids=repr,
 )
