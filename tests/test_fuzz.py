@@ -46,6 +46,8 @@ def test_a_few(spec: Spec) -> None:
         Spec(block=BlockSpec(AttentionSpec(core="bmm_sizes"))),
         # as many heads as the grid has rows
         Spec(grid=(4, 4), block=BlockSpec(AttentionSpec(core="bmm_sizes", heads=4))),
+        # and reads the dtype of its queries
+        Spec(grid=(4, 4), block=BlockSpec(AttentionSpec(core="bmm", heads=4, float32=True))),
         Spec(block=BlockSpec(AttentionSpec(core="einsum_dots", heads=1))),
         Spec(block=BlockSpec(AttentionSpec(core="transposed_softmax"))),
         # lays its values out by the number of windows, read off the attention weights

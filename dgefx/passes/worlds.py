@@ -242,7 +242,10 @@ class _Walk:
         tensors = _tensors_behind(self.trace, self.flow, size)
         if size in self.query or size in self.context:
             return
-        in_query = not tensors <= self.context and tensors <= self.query | self.pooled
+        in_query = tensors <= self.query | self.pooled
+        if isinstance(self.trace.values[size], int):
+            # dtypes and devices are no numbers of tokens: any world's will do
+            in_query = in_query and not tensors <= self.context
         self.front.append((size, self.query if in_query else self.context))
 
     def _visit_sources(self, node: Node, world: set[Node]) -> None:
