@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 import dgefx
-from tests.helpers import TinyViT, images, macs
+from tests.helpers import Attention, TinyViT, images, macs, randomise
 
 
 def _models() -> dict[str, nn.Module]:
@@ -90,3 +90,15 @@ def test_linear_gate_starts_at_the_finest_level() -> None:
         probability = block.dge_router.gate.bias.softmax(0)
         assert probability[0].item() == pytest.approx(0.95, abs=1e-3)
     assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_a_mask_of_any_shape_leaves_attention_counted_alike(axes: int) -> None:
+    """On the CPU the counter sees attention with a mask of three axes, and no other (2.14)."""
+    mask = torch.randn(1, 2, 144, 144).reshape(-1, 144, 144)
+    mask = {2: mask[0], 3: mask, 4: mask.unsqueeze(0)}[axes]
+    dense = randomise(TinyViT(depth=1, make=lambda dim: Attention(dim, 2, mask))).eval()
+    x = images(2, 48)
+    assert dgefx.report(dgefx.convert(dense, 1.0, example_inputs=x)).ratio == pytest.approx(1.0)
+    coarse = dgefx.report(dgefx.convert(dense, 0.6, example_inputs=x))
+    assert coarse.ratio <= 0.6 and coarse.blocks[0].ratio < 1.0

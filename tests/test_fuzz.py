@@ -50,6 +50,13 @@ def test_a_few(spec: Spec) -> None:
         Spec(grid=(4, 4), block=BlockSpec(AttentionSpec(core="bmm", heads=4, float32=True))),
         Spec(block=BlockSpec(AttentionSpec(core="einsum_dots", heads=1))),
         Spec(block=BlockSpec(AttentionSpec(core="transposed_softmax"))),
+        # reads the device of tokens on their way to windows
+        Spec(
+            layout="BHWC",
+            grid=(4, 8),
+            depth=2,
+            block=BlockSpec(AttentionSpec(core="at"), WindowSpec(size=(5, 5), shift=True)),
+        ),
         # lays its values out by the number of windows, read off the attention weights
         Spec(
             grid=(3, 7),

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgefx.config import DGEConfig
@@ -33,10 +35,36 @@ def _visible_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class _PlainMasks(TorchFunctionMode):
+    """Attention masks as the fused kernels take them: of four axes, without a gradient.
+
+    On the CPU the counter does not see into fused attention, but a mask of three axes, or one that
+    is a parameter, makes PyTorch take the way that it sees into. Masks of pooled queries are never
+    of that kind, so the attention of the dense block alone would be counted.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else named.get("attn_mask")
+            query = args[0] if args else named.get("query")
+            if isinstance(mask, Tensor) and isinstance(query, Tensor):
+                mask = mask.detach()
+                if mask.dim() == 3 and query.dim() == 4:
+                    mask = mask.unsqueeze(0)
+                if len(args) > 3:
+                    args = (*args[:3], mask, *args[4:])
+                else:
+                    named["attn_mask"] = mask
+        return func(*args, **named)
+
+
 def count_macs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """MACs of one call of `module`, in its current mode."""
     counter = FlopCounterMode(display=False)
-    with _visible_attention(), torch.no_grad(), counter:
+    with _visible_attention(), torch.no_grad(), _PlainMasks(), counter:
         module(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 

@@ -384,7 +384,11 @@ class Splitter:
         if name in ("split", "split_with_sizes"):
             args, kwargs = self._patched_split(node, args, kwargs)
         if any(leaf is _MOVING for leaf in _leaves((args, kwargs))):
-            if isinstance(self.trace.values[node], Tensor):
+            value = self.trace.values[node]
+            kind = isinstance(value, (torch.dtype, torch.device))
+            if kind and all(source in self.context for source in node.all_input_nodes):
+                return self._copy(node, self.context.__getitem__)
+            if kind or isinstance(value, Tensor):
                 raise Refused(
                     f"{node.name} works on tokens on their way to or from windows", "windows"
                 )
