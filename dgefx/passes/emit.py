@@ -332,11 +332,16 @@ class Splitter:
     def _is_padded(self, node: fx.Node) -> bool:
         """Whether a value was padded or cropped on its way, if only at other sizes than this."""
         while node.op != "call_module" and op_name(node, self.trace.root) in MOVES:
-            if op_name(node, self.trace.root) in ("pad", "getitem", "narrow"):
+            source, name = self._source(node), op_name(node, self.trace.root)
+            if name in ("pad", "narrow"):
                 return True
-            source = self._source(node)
             if not isinstance(source, fx.Node):
                 return False
+            # picking one of several, as of q, k and v, leaves the tokens alone
+            index = node.args[1] if name == "getitem" else ()
+            for part in index if isinstance(index, tuple) else (index,):
+                if isinstance(part, slice) and part != slice(None):
+                    return True
             node = source
         return False
 
