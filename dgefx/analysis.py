@@ -249,6 +249,7 @@ def analyse(
         macs_dense = count_macs(work, *call)
         costs = _price(work, plans, sites, call, config.bounded())
         _drop_without_gain(sites, plans, costs, must_convert)
+        _keep_sources_outside(plans)
         silent = _install_and_verify(work, plans, call, output, config.bounded())
     for name in silent:
         plans[name] = dataclasses.replace(plans[name], hook_source=None)
@@ -360,6 +361,20 @@ def _price(
         converted = build_block(dense, plan, config, shape)
         costs[name] = block_cost(dense, converted, calls[name], config)
     return costs
+
+
+def _keep_sources_outside(plans: dict[str, BlockPlan]) -> None:
+    """Modules inside converted blocks see queries: a block whose grid one of them would report
+    takes the module that reports the same grid to the last block before it, if any."""
+    last: dict[tuple[int, int], str] = {}
+    for name, plan in plans.items():
+        source, grid = plan.hook_source, plan.layout.grid
+        if source is None:
+            continue
+        if any(source == other or source.startswith(f"{other}.") for other in plans):
+            plans[name] = dataclasses.replace(plan, hook_source=last.get(grid))
+        else:
+            last[grid] = source
 
 
 def _install_and_verify(

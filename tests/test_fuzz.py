@@ -50,6 +50,14 @@ def test_a_few(spec: Spec) -> None:
         Spec(grid=(4, 4), block=BlockSpec(AttentionSpec(core="bmm", heads=4, float32=True))),
         Spec(block=BlockSpec(AttentionSpec(core="einsum_dots", heads=1))),
         Spec(block=BlockSpec(AttentionSpec(core="transposed_softmax"))),
+        # a convolution of the first block lays out the grid of the second
+        Spec(
+            layout="BCN",
+            grid=(11, 7),
+            depth=2,
+            block=BlockSpec(norm="group", mlp="depthwise5", residual="reversed"),
+            seed=442,
+        ),
         # reads the device of tokens on their way to windows
         Spec(
             layout="BHWC",
