@@ -50,6 +50,8 @@ def test_a_few(spec: Spec) -> None:
         Spec(grid=(4, 4), block=BlockSpec(AttentionSpec(core="bmm", heads=4, float32=True))),
         Spec(block=BlockSpec(AttentionSpec(core="einsum_dots", heads=1))),
         Spec(block=BlockSpec(AttentionSpec(core="transposed_softmax"))),
+        # has head channels as many as columns, which alone is wanted of queries of all tokens
+        Spec(grid=(11, 8), block=BlockSpec(AttentionSpec(core="bmm", scale="temperature"))),
         # a convolution of the first block lays out the grid of the second
         Spec(
             layout="BCN",

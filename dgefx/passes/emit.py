@@ -150,6 +150,7 @@ class Splitter:
                 self.context[node] = self._materialise(node)
         self._epilogue(nodes[-1])
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        self._narrow_projections()
         self.graph.lint()
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         constants = {
@@ -523,6 +524,22 @@ class Splitter:
                 part.merged,
             ),
         )
+
+    def _narrow_projections(self) -> None:
+        """Leave out rows of a projection of which only a size was wanted, read elsewhere by now."""
+        for node, _ in self.projected.values():
+            readers = list(node.users)
+            if not readers:
+                continue
+            spans: list[Any] = [reader.args[1:3] for reader in readers]
+            first, last = min(a for a, _ in spans), max(b for _, b in spans)
+            for reader, (start, stop) in zip(readers, spans, strict=True):
+                reader.update_arg(1, start - first)
+                reader.update_arg(2, stop - first)
+            of_weights = [n for n in node.all_input_nodes if n.target is weight_rows]
+            for cut in [node] if node.target is linear_rows else of_weights:
+                offset: Any = cut.args[-2]
+                cut.args = (*cut.args[:-2], offset + first, offset + last)
 
     def _linear_rows(
         self, linear: fx.Node, first: int, last: int, env: dict[fx.Node, Any]
