@@ -82,11 +82,14 @@ def _has_one_key(spec: Spec) -> bool:
 
 
 def _projects_twice(spec: Spec) -> bool:
-    """Whether queries need more than their own projection: a convolution that makes queries, keys
-    and values is not cut into rows, and values that are read beside the attention too are made of
-    queries as well. Then the finest granularity costs more than the dense block."""
+    """Whether queries need more than their own projection. Then the finest granularity costs more
+    than the dense block: a convolution that makes queries, keys and values is not cut into rows,
+    nor is a linear layer whose rows go head by head; values that are read beside the attention too
+    are made of queries as well."""
     attention = spec.block.attention
-    return attention.kind == "plain" and (attention.lepe or attention.projection == "convolution")
+    by_head = attention.projection == "fused_heads" and attention.heads > 1
+    whole = by_head or attention.projection == "convolution"
+    return attention.kind == "plain" and (attention.lepe or whole)
 
 
 def _judge_reasons(reasons: list[str]) -> None:
