@@ -20,6 +20,7 @@ from torch.utils.flop_counter import (
 )
 
 from dgefx.kernels.attend_reference import attend_backward_reference, attend_reference
+from dgefx.kernels.autocast import autocast_dtype
 from dgefx.kernels.dispatch import takes_triton
 
 __all__ = ["attend"]
@@ -56,9 +57,8 @@ def attend(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     _check(q, k, v, offsets)
     _check_bias(q, k, bias, bias_row)

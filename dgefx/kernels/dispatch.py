@@ -6,7 +6,6 @@ it. Read by the wrappers in this package that the generated code calls.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -16,10 +15,13 @@ from torch import Tensor
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@functools.cache
+#: asked for once: Dynamo does not trace the question
+_FOUND = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported at all (it has no wheels for some systems)."""
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND
 
 
 def takes_triton(tensor: Tensor) -> bool:

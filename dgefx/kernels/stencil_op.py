@@ -17,6 +17,7 @@ from torch.library import wrap_triton
 from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
+from dgefx.kernels.autocast import autocast_dtype
 from dgefx.kernels.dispatch import takes_triton
 from dgefx.kernels.operator import operator
 from dgefx.kernels.packing import Packing
@@ -56,8 +57,8 @@ def stencil(
     taps = weight.flatten(1).t()
     operands = (packing.patch, packing.base, packing.row, *tables, *grid)
     kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)  # as a convolution takes it
+    dtype = autocast_dtype(kind)
+    if dtype is not None:  # as a convolution takes it
         with torch.autocast(kind, enabled=False):
             out = stencil_op(hidden.to(dtype), taps.to(dtype), *operands)
     else:

@@ -50,11 +50,15 @@ def _source(
     height: tl.tensor,
     width: tl.tensor,
 ) -> Any:
-    """Query that holds the token of a read, and whether that token is on the grid."""
+    """Query that holds the token of a read, -1 where that token is not on the grid.
+
+    Callers compare with 0 instead of being given the mask: Triton 3.6 does not compile kernels
+    that use one mask of this load for their tiles too, with tiles of 64 channels and less.
+    """
     y = top + tl.load(reads + entry * 3 + 1)
     x = left + tl.load(reads + entry * 3 + 2)
     inside = ours & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return tl.load(row + first + y * width + x, mask=inside, other=0), inside
+    return tl.load(row + first + y * width + x, mask=inside, other=-1)
 
 
 @triton.jit
@@ -94,18 +98,18 @@ def stencil_kernel(
         # a kind that only lies between two present ones has no reads to do
         stop = tl.where(tl.max(ours.to(tl.int32), 0) > 0, tl.load(start + current + 1), begin)
         for entry in range(begin, stop):
-            source, inside = _source(row, reads, entry, ours, top, left, first, height, width)
+            source = _source(row, reads, entry, ours, top, left, first, height, width)
             coefficient = tl.load(
                 coefficients + tl.cast(entry, tl.int64) * channels + channel, mask=real, other=0.0
             )
             value = tl.load(
                 hidden + source[:, None] * channels + channel[None, :],
-                mask=inside[:, None] & real[None, :],
+                mask=(source >= 0)[:, None] & real[None, :],
                 other=0.0,
             ).to(tl.float32)
             if ADJOINT:
-                holder = tl.load(patch + source, mask=inside, other=0)
-                count = tl.load(place + holder * 4 + 3, mask=inside, other=1)
+                holder = tl.load(patch + source, mask=source >= 0, other=0)
+                count = tl.load(place + holder * 4 + 3, mask=source >= 0, other=1)
                 value *= (1.0 / count.to(tl.float32))[:, None]
             total += value * coefficient[None, :]
     if ADJOINT:
@@ -150,8 +154,8 @@ def coefficients_kernel(
         kind, top, left, _, first = _queries(patch, base, place, query, queries)
         ours = kind == current
         if tl.max(ours.to(tl.int32), 0) > 0:
-            source, inside = _source(row, reads, entry, ours, top, left, first, height, width)
-            mask = inside[:, None] & real[None, :]
+            source = _source(row, reads, entry, ours, top, left, first, height, width)
+            mask = (source >= 0)[:, None] & real[None, :]
             value = tl.load(
                 hidden + source[:, None] * channels + channel[None, :], mask=mask, other=0.0
             )
