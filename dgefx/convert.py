@@ -157,14 +157,17 @@ def explain(
     config: DGEConfig | None = None,
     filter_fn: FilterFn | None = None,
 ) -> Report:
-    """What `convert` would do, without doing it. Arguments and errors as `convert`."""
+    """What `convert` would do, without doing it. Arguments and errors as `convert`, but for two
+    that the report tells of: nothing to convert, and a `gamma` under the floor, for which every
+    block is shown at its coarsest (`ratio` is then the floor)."""
     inputs = exported_inputs(model) if example_inputs is None else example_inputs
     dense: nn.Module = as_module(model)
     value, settings = _check_arguments(dense, gamma, config, filter_fn)
     analysis = analyse(dense, inputs, settings, filter_fn, must_convert=False)
     if not analysis.plans:
         return analysis.report(value, {})
-    return analysis.report(value, _solve(analysis, value))
+    # above the floor by what the rounding of two sums may differ
+    return analysis.report(value, _solve(analysis, max(value, min(analysis.floor + 1e-9, 1.0))))
 
 
 def report(model: nn.Module) -> Report:

@@ -75,6 +75,11 @@ class Report:
                 "shares of the budget guessed from depth; dgefx.calibrate(model, images) measures "
                 "them on a few unlabelled images"
             )
+        if self.gamma < self.floor and self.converted:
+            table.caption = (
+                f"gamma {self.gamma:g} is under the floor: what remains is the keys and values of "
+                f"all tokens, one query per coarsest patch and the layers that are not converted"
+            )
         if not self.held:
             table.caption = (
                 "ratio of gates that keep to their budgets: capacity=None lets them ask for any "

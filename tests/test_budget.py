@@ -64,6 +64,9 @@ def test_floor_is_reachable_and_named() -> None:
     ).ratio == pytest.approx(floor, abs=1e-3)
     with pytest.raises(ValueError, match=f"floor of {floor:.3f}.*coarsest"):
         dgefx.convert(model, floor - 0.01, example_inputs=x)
+    report = dgefx.explain(model, floor / 2, example_inputs=x)
+    assert report.ratio == pytest.approx(floor, abs=1e-3) and report.gamma == floor / 2
+    assert "under the floor" in str(report)
 
 
 def test_linear_gate_size_is_the_papers() -> None:

@@ -129,7 +129,7 @@ def solve(
             f"{len(choices)} converted blocks at its coarsest granularity, what remains is the "
             f"keys and values of all tokens, one query per coarsest patch and the layers that are "
             f"not converted ({rest / dense:.3f}). Use gamma >= {math.ceil(floor * 1000) / 1000:g}, "
-            f"or coarser granularities."
+            f"or coarser granularities; dgefx.explain lists the blocks that stay dense and why."
         )
     spare = (gamma - floor) * dense
     unit = max(spare / _UNITS, 1e-12 * dense)
