@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+#: aot_eager traces, functionalises and takes the operators' fakes as Inductor does; what Inductor
+#: then makes of it costs a minute of C++ compiler per model, so that CI has it on few models
+COMPILERS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 
 def randomise(model: nn.Module) -> nn.Module:

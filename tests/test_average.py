@@ -29,7 +29,7 @@ from dgefx.nn.capacity import plans
 from dgefx.nn.router import Router
 from dgefx.passes.verify import random_levels
 from dgefx.training import set_gates
-from tests.helpers import Attention, TinyViT, error, images, macs, randomise
+from tests.helpers import COMPILERS, Attention, TinyViT, error, images, macs, randomise
 
 AVERAGE = DGEConfig(budget="average")
 
@@ -445,7 +445,8 @@ def test_gates_are_trained(capacity: str | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["detail", "linear", "asked"])
-def test_compiles_to_one_graph(kind: str) -> None:
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiles_to_one_graph(backend: str, kind: str) -> None:
     torch._dynamo.reset()
     options = {
         "detail": {},
@@ -461,18 +462,19 @@ def test_compiles_to_one_graph(kind: str) -> None:
             nn.init.zeros_(block.dge_router.gate.bias)
     # a number of queries that the data decides is a size that the compiler has to be told of
     with torch._dynamo.config.patch(capture_scalar_outputs=kind == "asked"), torch.no_grad():
-        fast = torch.compile(model, fullgraph=True)
+        fast = torch.compile(model, fullgraph=True, backend=backend)
         for count in (3, 5, 2):
             batch = images(count, 48, seed=count)
             assert error(fast(batch), model(batch)) <= 1e-5
 
 
-def test_compiled_pvt_equals_eager() -> None:
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_pvt_equals_eager(backend: str) -> None:
     torch._dynamo.reset()
     dense, x = build("pvt")
     model = dgefx.convert(lively(dense), 0.7, example_inputs=x, config=AVERAGE).eval()
     with torch.no_grad():
-        assert error(torch.compile(model, fullgraph=True)(x), model(x)) <= 1e-5
+        assert error(torch.compile(model, fullgraph=True, backend=backend)(x), model(x)) <= 1e-5
 
 
 def test_calibrated_and_kept(tmp_path) -> None:  # type: ignore[no-untyped-def]

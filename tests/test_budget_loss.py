@@ -22,7 +22,7 @@ from dgefx.budget_loss import asked_ratio
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.router import Router
 from dgefx.training.gates import set_gates
-from tests.helpers import TinyViT, error, images, macs, randomise
+from tests.helpers import COMPILERS, TinyViT, error, images, macs, randomise
 
 OPEN = DGEConfig(router="linear", budget="average", capacity=None)
 
@@ -264,21 +264,17 @@ def test_accumulated_micro_batches_each_have_their_loss() -> None:
     assert error(gate_gradients(model), wanted) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("config", "path"),
-    [
-        (OPEN, "dense"),
-        (DGEConfig(router="linear"), "sparse"),
-        pytest.param(OPEN, "sparse", marks=pytest.mark.slow),
-        pytest.param(DGEConfig(router="linear"), "dense", marks=pytest.mark.slow),
-    ],
-)
-def test_a_compiled_training_step_has_the_same_gradients(config: DGEConfig, path: str) -> None:
+@pytest.mark.parametrize("config", [OPEN, DGEConfig(router="linear")], ids=["open", "linear"])
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_a_compiled_training_step_has_the_same_gradients(
+    backend: str, path: str, config: DGEConfig
+) -> None:
     model, x, _ = converted(config=config)
     set_gates(lively_gates(model), path=path)
     wanted = step(model, x)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        fast = torch.compile(model, fullgraph=True)
+        fast = torch.compile(model, fullgraph=True, backend=backend)
         model.zero_grad()
         loss = fast(x).square().mean() + dgefx.budget_loss(fast)
         loss.backward()

@@ -18,7 +18,7 @@ from dgefx.passes.cores import find_cores
 from dgefx.training import set_gates
 from tests.dat import DAT, Attention, GridBlock, GridModel, Warp
 from tests.dpvt import DPVT, centres
-from tests.helpers import error, images, macs, randomise
+from tests.helpers import COMPILERS, error, images, macs, randomise
 
 #: one stage on a grid of 12 tokens a side
 SMALL: dict[str, Any] = {"dims": (16,), "strides": (4,), "side": 48}
@@ -162,13 +162,14 @@ def test_gamma_holds_by_torchs_counter(budget: str) -> None:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_compiled_whole_it_equals_eager(budget: str) -> None:
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_whole_it_equals_eager(backend: str, budget: str) -> None:
     torch._dynamo.reset()
     _, model = pair(0.7, budget)
     x = images(2, 48, seed=3)
     with torch.no_grad():
         wanted = model(x)
-        assert error(torch.compile(model, fullgraph=True)(x), wanted) <= 1e-5
+        assert error(torch.compile(model, fullgraph=True, backend=backend)(x), wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("capacity", ["budget", None])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dgefx
 from dgefx import DGEConfig
 from dgefx.training import gates_of, set_gates
-from tests.helpers import TinyViT, error, images, randomise
+from tests.helpers import COMPILERS, TinyViT, error, images, randomise
 
 LAUNCHERS = (
     "collect.launch_collect",
@@ -123,12 +123,13 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("config", ["per_image", "average"])
 @pytest.mark.parametrize("name", ["tiny_BNC", "pvt"])
+@pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.usefixtures("packing")
-def test_operators_compile_to_one_graph(name: str, config: str) -> None:
+def test_operators_compile_to_one_graph(backend: str, name: str, config: str) -> None:
     torch._dynamo.reset()
     model, x = convert(name, CONFIGS[config])
     with torch.no_grad():
-        found = torch.compile(model, fullgraph=True)(x)
+        found = torch.compile(model, fullgraph=True, backend=backend)(x)
         assert error(found, model(x)) <= BOUND
 
 

@@ -19,7 +19,7 @@ import dgefx
 from dgefx.nn.capacity import plans
 from dgefx.nn.hierarchy import nested_levels
 from dgefx.passes.verify import patch_constant_stream
-from tests.helpers import error, images, macs, randomise
+from tests.helpers import COMPILERS, error, images, macs, randomise
 from tests.windowed import TinySwin, WindowBlock
 
 
@@ -341,14 +341,15 @@ def tensor(output: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["own", "timm", "hf"])
-def test_compiled_in_one_graph(kind: str) -> None:
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_in_one_graph(backend: str, kind: str) -> None:
     torch._dynamo.reset()
     dense, side = tiny(kind)
     model = dgefx.convert(randomise(dense), 0.7, example_inputs=images(2, side)).eval()
     x = images(3, side, seed=3)
     with torch.no_grad():
         wanted = tensor(model(x))
-        found = tensor(torch.compile(model, fullgraph=True)(x))
+        found = tensor(torch.compile(model, fullgraph=True, backend=backend)(x))
     assert error(found, wanted) <= 1e-5
 
 
