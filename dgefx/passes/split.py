@@ -49,9 +49,11 @@ def split(trace: Trace, stream: fx.Node, layout: Layout, packs: bool = False) ->
                     "nn.MultiheadAttention inside windows", "nn.MultiheadAttention in windows"
                 )
         elif form is not None and form.kind == "dense":
+            # queries that are fewer than the tokens were refused before (`passes.locate`)
             raise Refused(
-                "its queries are tokens of another grid, which its query path lays out",
-                "queries on another grid",
+                "its queries reach the attention in an order of tokens that is not followed "
+                "(windows, strides)",
+                "windows",
             )
         elif form is None or form.kind in ("free", "moving") or form.mixes:
             if core.kind == "grid_sample":
