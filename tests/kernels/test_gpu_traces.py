@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +88,40 @@ def test_every_operator_is_its_kernels_and_they_write_their_results_alone() -> N
     wanted = {name: [["out"]] for name in rows}
     wanted["allocate"] = [["patch", "patch_slot"], ["token_slot"]]
     assert json.loads(done.stdout) == wanted
+
+
+COPIES = """
+import importlib, importlib.util, pkgutil, sys, triton
+import dgefx.kernels.gpu
+from torch._inductor.codegen.triton import TritonKernel
+from torch._inductor.codegen.wrapper import (
+    user_defined_triton_kernel_transitive_closure_source_code as copy_source,
+)
+
+for found in pkgutil.iter_modules(dgefx.kernels.gpu.__path__):
+    module = importlib.import_module("dgefx.kernels.gpu." + found.name)
+    for name, kernel in vars(module).items():
+        if not isinstance(kernel, triton.JITFunction) or kernel.fn.__module__ != module.__name__:
+            continue
+        path = f"{sys.argv[1]}/{found.name}_{name}.py"
+        with open(path, "w") as file:
+            file.write(TritonKernel.gen_common_triton_imports())
+            file.write("\\n@triton.jit\\n" + copy_source(kernel))
+        spec = importlib.util.spec_from_file_location(name, path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        print(name)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+def test_kernels_stand_alone_in_the_module_that_inductor_copies_them_to(tmp_path: Path) -> None:
+    """It evaluates their annotations too, without the imports of ours."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COPIES, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {"stencil_kernel", "coefficients_kernel", "collect_kernel"} <= {*done.stdout.split()}

@@ -22,10 +22,12 @@ from dgefx.kernels.gpu.blocks import cover, device_of, identity
 SPLITS = 32
 
 
+# Annotations below name `tl` and builtins alone: Inductor copies the functions into a module of
+# its own, without the imports of this one, and evaluates them there.
 @triton.jit
 def _queries(
     patch: tl.tensor, base: tl.tensor, place: tl.tensor, query: tl.tensor, queries: tl.tensor
-) -> Any:
+) -> tuple[tl.tensor, ...]:
     """Kind (-1 for an idle slot), top, left, tokens and first row of a block of queries."""
     own = tl.load(patch + query, mask=query < queries, other=-1)
     used = own >= 0
@@ -49,7 +51,7 @@ def _source(
     first: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
-) -> Any:
+) -> tl.tensor:
     """Query that holds the token of a read, -1 where that token is not on the grid.
 
     Callers compare with 0 instead of being given the mask: Triton 3.6 does not compile kernels
