@@ -31,6 +31,7 @@ from dgefx.passes.sizes import bound_rule
 from dgefx.passes.trace import TraceError
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.worlds import Refused
+from dgefx.precision import full_float32
 from dgefx.report import BlockReport, Report
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -224,7 +225,8 @@ def analyse(
     work = working_copy(model)
     # parts that torch.compile wraps run as they are written, to be looked into
     eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with eager, random, full_float32():
         call, output = resolve_inputs(work, example_inputs)
         _require_finite(output)
         outlines = outline(work, call)

@@ -154,3 +154,18 @@ def test_multihead_attention_sequence_first() -> None:
     for layer in model.layers.layers:
         layer.norm_first = True
     check_exact(model, [], example_inputs=images(2, 32))
+
+
+def test_low_precision_settings_do_not_fail_the_verification() -> None:
+    """On CPUs with bfloat16 units "medium" rounds as TF32 does on GPUs; elsewhere it is ignored."""
+    model, x = randomise(TinyViT(dim=64, prefix=1)).eval(), images(2, 32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        converted = dgefx.convert(model, 1.0, example_inputs=x)
+        assert len(dgefx.report(converted).converted) == 2
+        with pytest.raises(ValueError):
+            dgefx.convert(nn.Linear(4, 4), 1.0, example_inputs=torch.randn(2, 4))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
