@@ -65,6 +65,7 @@ class SplitBlock:
     """The rewritten graph, and what it needs besides the block itself.
 
     positional: whether tables with a query axis take part. mixing: whether stencils or islands do.
+    tokens_apart: whether nothing but attention mixes tokens, on the main path neither.
     windows: how the block partitions the grid, None if it does not. fixed_slots: whether a table
     meets queries otherwise than by broadcasting, see `dgefx.kernels.window`. stencils: kernel sizes
     of its depthwise convolutions.
@@ -78,6 +79,7 @@ class SplitBlock:
     windows: WindowRule | None
     fixed_slots: bool
     stencils: frozenset[int]
+    tokens_apart: bool
 
 
 class _Moving:
@@ -121,7 +123,7 @@ class Splitter:
         self.unpooled: dict[fx.Node, fx.Node] = {}
         self.projected: dict[tuple[fx.Node, bool], tuple[fx.Node, int]] = {}
         flow = block_flow(trace.graph)
-        meeting = {node for node, _ in worlds.edges}
+        meeting = {node for core in worlds.cores for node, _ in core.context_edges}
         #: scores and what follows: never to be computed on all tokens for a size
         self.attended = meeting.union(*(nx.descendants(flow, node) for node in meeting))
         self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
@@ -167,6 +169,7 @@ class Splitter:
             self.finder.windows.rule() if self.uses_windows else None,
             self.fixed_slots,
             frozenset(self.stencils),
+            not (self.mixing or self.worlds.materialised),
         )
 
     def _prologue(self) -> None:

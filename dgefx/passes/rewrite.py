@@ -41,6 +41,7 @@ class BlockPlan:
     exact_at_any_level: bool  # on patch-constant input: no positional tables, stencils, islands
     windows: WindowRule | None  # how its attention partitions the grid
     fixed_slots: bool  # see `dgefx.kernels.window`
+    tokens_apart: bool = False  # nothing but attention mixes its tokens
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
 
     def space(self, config: DGEConfig) -> Grid:
@@ -123,6 +124,7 @@ def plan_block(
         needs_grid_shape=evaluated.needs_grid_shape or trained.needs_grid_shape,
         hook_source=layout.source,
         exact_at_any_level=not (evaluated.positional or evaluated.mixing),
+        tokens_apart=evaluated.tokens_apart,
         windows=evaluated.windows,
         fixed_slots=evaluated.fixed_slots or trained.fixed_slots,
         stencils=evaluated.stencils | trained.stencils,

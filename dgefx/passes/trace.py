@@ -37,6 +37,12 @@ from dgefx.passes.mutation import (
     shares_memory,
     tensors_of,
 )
+from dgefx.passes.ops import op_name
+
+#: results that are numbers or booleans made of the elements of a tensor
+_READS_ELEMENTS = frozenset({"item", "tolist", "equal", "allclose", "is_nonzero"})
+#: what blocks ask before they clamp half precision; the same for all sane data
+_GUARDS_OVERFLOW = frozenset({"isfinite", "isinf", "isnan"})
 
 
 class ConcolicProxy(fx.Proxy):
@@ -58,12 +64,15 @@ class ConcolicProxy(fx.Proxy):
         return len(self._value)
 
     def __index__(self) -> int:
+        self.tracer.refuse_data(self.node)
         return operator.index(self._value)
 
     def __int__(self) -> int:
+        self.tracer.refuse_data(self.node)
         return int(self._value)
 
     def __float__(self) -> float:
+        self.tracer.refuse_data(self.node)
         return float(self._value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -306,7 +315,25 @@ class ConcolicTracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse_data(obj.node)
         return bool(self.versions.value(obj.node))
+
+    def refuse_data(self, node: fx.Node) -> None:
+        """Raise TraceError where Python is about to fix a number that follows the block's data."""
+        front, seen = [node], {node}
+        while front:
+            now = front.pop()
+            if now.op == "placeholder" and isinstance(self.values[now], Tensor):
+                raise TraceError(f"a branch or number follows the value of {node.name}")
+            name = op_name(now, self.root)
+            if name in _GUARDS_OVERFLOW:
+                continue
+            for source in now.all_input_nodes:
+                # from a tensor to a number only by reading its elements: a size is none of them
+                read = not tensors_of(self.values[source]) or tensors_of(self.values[now])
+                if source not in seen and (read or name in _READS_ELEMENTS):
+                    seen.add(source)
+                    front.append(source)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = self.versions.value(obj.node)

@@ -1,9 +1,9 @@
 """Pass 6, verify: numbers, not trust. A block is used only if it equals the dense block.
 
 Per block, on a copy with its constant-initialised parameters randomised: at the finest
-granularity in eval and in train mode, and, where the identity applies, at random granularities on
-input that is constant within every patch. For the whole model: at the finest granularity on the
-example input, with its real parameters.
+granularity in eval and in train mode, and at random granularities where an identity applies: on
+input that is constant within every patch, and in tokens that are their own queries. For the whole
+model: at the finest granularity on the example input, with its real parameters.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dgefx.config import DGEConfig
-from dgefx.kernels.layout import from_tokens
+from dgefx.kernels.layout import from_tokens, to_tokens
+from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.capacity import region_count
 from dgefx.nn.hierarchy import Grid, level_tables, nested_levels
+from dgefx.nn.router import Router
 from dgefx.passes.capture import Call, tensors_in
 from dgefx.passes.chance import WithoutChance
 from dgefx.passes.forms import randomise_constants
@@ -240,7 +242,47 @@ def _verify_coarse(
         handle.remove()
     if not bool(torch.isfinite(found).all()):
         raise Refused("verification: NaN or infinity at mixed granularities", "verification failed")
+    if dense is not None and plan.tokens_apart:
+        _verify_fine_tokens(dense, converted, plan, call, shape, levels, generator)
     if dense is not None and plan.exact_at_any_level:
         wanted = _run(dense, probe)
         before = torch.zeros_like(stream) if plan.layout.update else stream
         _require_equal(found, wanted, before, "mixed granularities on patch-constant input")
+
+
+def _verify_fine_tokens(
+    dense: nn.Module,
+    converted: DGEBlock,
+    plan: BlockPlan,
+    call: Call,
+    shape: tuple[int, ...],
+    levels: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Where nothing but attention mixes tokens, a token that is its own query gets the dense
+    block's update whatever the other regions are, with position tables too."""
+    like = _stream(call, shape)
+    noise = torch.randn(like.shape, generator=generator).to(like)
+    routings: list[Routing] = []
+
+    def route(router: Router, inputs: tuple[Any, ...], _routing: Routing) -> Routing:
+        routings.append(router.routing_for(inputs[0], levels, inputs[1]))
+        return routings[0]
+
+    handle = converted.dge_router.register_forward_hook(route)
+    probe = _with_stream(call, shape, noise)
+    try:
+        found = _run(converted, probe)
+    finally:
+        handle.remove()
+    if routings[0].ragged is not None:  # packed, see `kernels.ragged`: no slot per token and image
+        return
+    slot = routings[0].token_slot
+    users = torch.zeros(slot.shape[0], int(slot.max()) + 1, dtype=torch.int64, device=slot.device)
+    alone = users.scatter_add_(1, slot, torch.ones_like(slot)).gather(1, slot) == 1
+    before = torch.zeros_like(noise) if plan.layout.update else noise
+    own, wanted, stream = (
+        to_tokens(value, plan.layout.order)[:, plan.layout.prefix :][alone]
+        for value in (found, _run(dense, probe), before)
+    )
+    _require_equal(own, wanted, stream, "fine tokens beside coarse ones")

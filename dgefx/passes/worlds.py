@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from dgefx.passes.cores import Core, find_cores, map_sources
 from dgefx.passes.form import size_read
-from dgefx.passes.ops import MOVEMENT, VIEWS, op_name
+from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, op_name
 from dgefx.passes.refusals import KindName
 from dgefx.passes.trace import Trace
 
@@ -166,8 +166,9 @@ class _Walk:
         )
         self.flow = block_flow(trace.graph)
         self.output = find_output(trace, self.flow, stream)
-        self.data = _data_dependent(trace, self.flow, stream)
         self.sized = nx.descendants(self.flow, stream)
+        self.edges |= self._numbers()
+        self.data = _data_dependent(trace, self.flow, stream)
         # an update has no main path: attention is on every way to it
         path = [stream] if update else main_path(trace, self.flow, stream, self.output)
         self.path = path
@@ -180,6 +181,25 @@ class _Walk:
         self.deferred: list[Node] = []
         self.front: list[tuple[Node, set[Node]]] = []
         self._dense_tail: set[Node] = set()
+
+    def _numbers(self) -> set[tuple[Node, int | str]]:
+        """(node, place) of sizes that tensors are scaled by: they are those of the dense grid,
+        whatever the number of queries (a mean written out, a temperature that follows N)."""
+        found: set[tuple[Node, int | str]] = set()
+        for node in self.trace.graph.nodes:
+            if not carries_tensor(self.trace.values.get(node)) or node.op == "call_module":
+                continue
+            name = self._name(node)
+            fused = name == "scaled_dot_product_attention"
+            found |= {
+                (node, place)
+                for place, value in [*enumerate(node.args), *node.kwargs.items()]
+                if (name in ELEMENTWISE or (fused and place in (6, "scale")))
+                and isinstance(value, Node)
+                and self._is_size(value)
+                and isinstance(self.trace.values[value], (int, float))
+            }
+        return found
 
     def _name(self, node: Node) -> str:
         return op_name(node, self.trace.root)
