@@ -29,14 +29,20 @@ def tiling_places(tiling: Tiling) -> Places:
 
 
 def _slot_places(tiling: Tiling) -> Places:
-    """The window slot at every place of one window."""
+    """The window slot, by the block's number, at every place of one window."""
     lines = []
     for axis in (tiling.rows, tiling.columns):
         line = [-1] * axis.side
         for slot, place in enumerate(axis.places):
             line[place] = slot
         lines.append(tuple(line))
-    return _places(lines[0], lines[1], len(tiling.columns.places))
+    places = _places(lines[0], lines[1], len(tiling.columns.places))
+    return places._replace(token=_numbered(places.token, tiling))
+
+
+def _numbered(slots: Tensor, tiling: Tiling) -> Tensor:
+    """The block's numbers of slots that are counted row by row."""
+    return slots if tiling.order is None else torch.tensor(tiling.order)[slots]
 
 
 def _token_slots(axis: AxisTiling) -> tuple[Tensor, Tensor]:
@@ -61,7 +67,7 @@ def _token_level(tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
     )
     slots = (len(tiling.rows.places), len(tiling.columns.places))
     window = _raster(row_window, column_window, tiling.windows[1])
-    index = _raster(row_slot, column_slot, slots[1])
+    index = _numbered(_raster(row_slot, column_slot, slots[1]), tiling)
     members = torch.full((tiling.windows[0] * tiling.windows[1], slots[0] * slots[1]), -1)
     members[window, index] = torch.arange(window.numel())
     return members, window, index

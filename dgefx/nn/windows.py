@@ -107,10 +107,14 @@ class AxisTiling:
 
 @dataclass(frozen=True)
 class Tiling:
-    """A grid of tokens rearranged window by window."""
+    """A grid of tokens rearranged window by window.
+
+    order: see `WindowRule`.
+    """
 
     rows: AxisTiling
     columns: AxisTiling
+    order: tuple[int, ...] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -166,6 +170,8 @@ class WindowRule:
     kind, shift, pad_first: see `axis_map`. fixed: only at the size it was read at, as these maps.
     cuts: per axis, slots before which patches end besides (borders of an attention mask).
     least: tokens that each axis must have at least; on less, the block lays out other windows.
+    order: the block's number of every slot, by which its tables are laid out, slots counted row by
+        row; None: the same.
     """
 
     size: tuple[int, int] | None = None
@@ -175,6 +181,7 @@ class WindowRule:
     fixed: tuple[AxisMap, AxisMap] | None = None
     cuts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     least: tuple[int, int] = (1, 1)
+    order: tuple[int, ...] | None = None
 
     def maps(self, grid: tuple[int, int]) -> tuple[AxisMap, AxisMap]:
         """Per axis, the token in every slot of every window.
@@ -225,4 +232,4 @@ def _tiling(rule: WindowRule, grid: tuple[int, int], unit: int) -> Tiling:
         AxisTiling.of(tokens, unit, rule.step(tokens), cuts)
         for tokens, cuts in zip(rule.maps(grid), rule.cuts, strict=True)
     )
-    return Tiling(rows, columns)
+    return Tiling(rows, columns, rule.order)

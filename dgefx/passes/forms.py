@@ -160,7 +160,8 @@ class FormFinder:
     def _moved_stream(self, base: Tensor, probe: Probe) -> Tensor:
         moved = base.clone()
         view = self._canonical(moved)
-        token = self.layout.prefix + probe.row * self.layout.grid[1] + probe.column
+        token = probe.row * self.layout.grid[1] + probe.column
+        token = self.layout.prefix + self.layout.position(token)
         generator = torch.Generator().manual_seed(2)
         # far enough to move attention that is nearly one-hot
         view[probe.image, token] += 3 * torch.randn(view.shape[-1], generator=generator).to(view)
@@ -323,7 +324,7 @@ class FormFinder:
             found = {form.axes[0]: probe.row, form.axes[1]: probe.column}
         else:
             offset = self.layout.prefix if form.prefix else 0
-            index = offset + probe.row * self.layout.grid[1] + probe.column
+            index = offset + self.layout.position(probe.row * self.layout.grid[1] + probe.column)
             if form.kind == "flat":
                 index += probe.image * (offset + self.layout.grid[0] * self.layout.grid[1])
             found = {form.axes[0]: index}
