@@ -42,7 +42,7 @@ _SPATIAL = frozenset(
 #: every row of the result is about the same token as that row of the first operand
 _ROWS = frozenset({"matmul", "scaled_dot_product_attention"})
 _REDUCES = frozenset({"max", "amax", "mean", "sum"})
-_REARRANGE = MOVEMENT | {"cat", "roll", "flip", "pad"}
+_REARRANGE = MOVEMENT | {"cat", "roll", "flip", "pad", "index_select"}
 #: reads all channels of a token at once: what lies in them is one token afterwards
 _MIX_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm"})
 
@@ -203,6 +203,8 @@ class GridFinder:
                 return found.ids
             if "shape" not in source.meta:
                 return _Parts(source)
+            if "index" in source.meta:
+                return source.meta["index"].cpu()
             return torch.full((1,), -1).expand(source.meta["shape"])
 
         if op_name(node) == "getitem" and "shape" not in node.args[0].meta:  # type: ignore[union-attr]

@@ -239,7 +239,8 @@ class WindowForms:
             value = value.unflatten(0, (-1, count, form.inner)).transpose(0, 1).movedim(2, 1)
             value = value.movedim(3, 1)
         if self.partition.order is not None:
-            value = value[:, torch.tensor(self.partition.order)]
+            windows, slots = (torch.tensor(numbers) for numbers in self.partition.order)
+            value = value[windows][:, slots]
         maps = self.partition.rows, self.partition.columns
         known = [borders_of(tokens, usual_step(tokens)) for tokens in maps]
         found = mask_cuts(value, self.partition.size)
@@ -299,13 +300,12 @@ class WindowForms:
 
     def place(self, form: Form, probe: Probe) -> dict[int, range]:
         partition = self.partition or Partition.whole(self.layout.grid)
-        row, column, slot = partition.place(probe.row, probe.column)
+        window, slot = partition.place(probe.row, probe.column)
         count = partition.windows[0] * partition.windows[1]
-        window = row * partition.windows[1] + column
         assert form.batch is not None
         lead = (probe.image * count + window if form.merged else probe.image) * form.inner
         found = {form.batch: range(lead, lead + form.inner)}
-        pairs = [(form.windows, window, (row, column))]
+        pairs = [(form.windows, window, divmod(window, partition.windows[1]))]
         pairs.append((form.axes, slot, divmod(slot, partition.size[1])))
         for axes, joint, apart in pairs:
             indices = (joint,) if len(axes) == 1 else apart

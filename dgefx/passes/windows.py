@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgefx.nn.windows import AxisMap, WindowRule, axis_map
+from dgefx.nn.windows import AxisMap, WindowOrder, WindowRule, axis_map
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Partition:
     """The windows of one grid.
 
     rows, columns: per window, the token in every slot along the axis; -1: padding.
-    order: the block's number of every slot, slots counted row by row; None: the same.
+    order: how the block numbers windows and slots; None: row by row.
     """
 
     grid: tuple[int, int]
     rows: AxisMap
     columns: AxisMap
-    order: tuple[int, ...] | None = None
+    order: WindowOrder | None = None
 
     @classmethod
     def whole(cls, grid: tuple[int, int]) -> Partition:
@@ -46,18 +46,21 @@ class Partition:
         """(rows, columns) of windows."""
         return len(self.rows), len(self.columns)
 
-    def place(self, row: int, column: int) -> tuple[int, int, int]:
-        """(window row, window column, the block's number of the slot) of a token."""
+    def place(self, row: int, column: int) -> tuple[int, int]:
+        """The block's numbers of the window and the slot of a token."""
         found = []
         for tokens, token in ((self.rows, row), (self.columns, column)):
             window = next(i for i, line in enumerate(tokens) if token in line)
             found.append((window, tokens[window].index(token)))
+        window = found[0][0] * self.windows[1] + found[1][0]
         slot = found[0][1] * self.size[1] + found[1][1]
-        return found[0][0], found[1][0], slot if self.order is None else self.order[slot]
+        if self.order is None:
+            return window, slot
+        return self.order.windows[window], self.order.slots[slot]
 
     def numbers(self, images: int) -> Tensor:
         """(images, window rows, window columns, slot rows, slot columns): 1 + image * H * W +
-        token, 0 in padding; slots by the block's numbers."""
+        token, 0 in padding; windows and slots by the block's numbers."""
         row, column = torch.tensor(self.rows), torch.tensor(self.columns)
         down, right = row[:, None, :, None], column[None, :, None, :]
         first = torch.arange(images).view(-1, 1, 1, 1, 1) * (self.grid[0] * self.grid[1])
@@ -65,8 +68,9 @@ class Partition:
         tokens = torch.where((down < 0) | (right < 0), 0, tokens)
         if self.order is None:
             return tokens
-        slots = tokens.flatten(-2)[..., torch.tensor(self.order).argsort()]
-        return slots.unflatten(-1, self.size)
+        windows, slots = (torch.tensor(numbers).argsort() for numbers in self.order)
+        tokens = tokens.flatten(3, 4)[..., slots].flatten(1, 2)[:, windows]
+        return tokens.unflatten(1, self.windows).unflatten(3, self.size)
 
 
 def read_partition(
@@ -81,7 +85,7 @@ def read_partition(
     Args:
         numbers: of any shape, 1 + image * H * W + token; 0: padding. Equal along channels.
         images: in the batch. slots: how many tokens may attend to each other.
-        permuted: whether slots may be in any order, the same in all windows.
+        permuted: whether windows may be in any order, and slots in one that is the same in all.
     """
     moving = [axis for axis in range(numbers.dim()) if _varies(numbers, axis)]
     for axis in reversed(range(numbers.dim())):
@@ -108,12 +112,16 @@ def read_partition(
 
 
 def _read_permuted(table: Tensor, grid: tuple[int, int]) -> Partition | None:
-    """`_read_table` with the slots of all windows sorted as the first one's tokens are."""
+    """`_read_table` with windows sorted by their first tokens, and the slots of all of them as the
+    tokens of one are."""
     if bool((table < 0).any()):  # padding has no place to be sorted by
         return None
-    order = table[0].argsort()
-    found = _read_table(table[:, order], grid)
-    return None if found is None else dataclasses.replace(found, order=tuple(order.tolist()))
+    windows, slots = table.amin(1).argsort(), table[0].argsort()
+    found = _read_table(table[windows][:, slots], grid)
+    if found is None:
+        return None
+    order = WindowOrder(tuple(windows.tolist()), tuple(slots.tolist()))
+    return dataclasses.replace(found, order=order)
 
 
 def _varies(numbers: Tensor, axis: int) -> bool:
