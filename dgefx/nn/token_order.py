@@ -45,7 +45,7 @@ class TokenOrder(nn.Module):
         if (grid[0], grid[1]) != self.grid:
             raise ValueError(
                 f"a converted block whose tokens are not in raster order got a grid of {grid[0]} x "
-                f"{grid[1]} tokens; it was converted for {self.grid[0]} x {self.grid[1]}, and their "
+                f"{grid[1]} tokens; it was converted for {self.grid[0]} x {self.grid[1]}, and the "
                 f"order on other sizes is not known. convert() the model at this image size"
             )
 
