@@ -289,6 +289,37 @@ def test_a_convolution_along_the_stream_is_an_island_in_its_own_order() -> None:
         assert bool(coarse(images(2, PHOTO)).isfinite().all())
 
 
+class OnTheGrid(Mixer):
+    """A depthwise convolution in the MLP: on the image's grid, or on the stream as if it were."""
+
+    def __init__(self, raster: bool) -> None:
+        super().__init__(TOKENS)
+        self.raster = raster
+        self.depthwise = nn.Conv2d(2 * DIM, 2 * DIM, 3, padding=1, groups=2 * DIM)
+
+    def mlp(self, y: Tensor) -> Tensor:
+        (h, w), (b, n, _) = GRID, y.shape
+        y = self.fc1(y)
+        if self.raster:
+            y = y.view(b, 2, 2, h // 2, w // 2, -1).permute(0, 3, 1, 4, 2, 5)
+        y = self.depthwise(y.reshape(b, h, w, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.raster:
+            y = y.reshape(b, h // 2, 2, w // 2, 2, -1).permute(0, 2, 4, 1, 3, 5)
+        return self.fc2(F.gelu(y.reshape(b, n, -1)))
+
+
+def test_convolutions_on_the_grid() -> None:
+    torch.manual_seed(0)
+    places = torch.arange(TOKENS).view(GRID[0] // 2, 2, GRID[1] // 2, 2).permute(1, 3, 0, 2)
+    dense = randomise(Permuted(places.flatten(), OnTheGrid(raster=True))).eval()
+    (block,) = blocks_of(exact(dense, images(2, PHOTO), 1))
+    assert "stencil_conv" in block.code
+    # one that takes the stream for the grid sees other neighbours, which no patch has
+    dense = randomise(Permuted(places.flatten(), OnTheGrid(raster=False))).eval()
+    with pytest.raises(ValueError, match="mixes tokens"):
+        dgefx.convert(dense, 1.0, example_inputs=images(2, PHOTO))
+
+
 COARSE = ["prefix", "windows on the fast axis"]
 
 

@@ -235,6 +235,9 @@ class FormFinder:
             found = next((f for f in self._all_candidates(value, batch) if fits(f)), None)
             return self.islands.leave(node, value, moved, found)
         if self.windows.partition is None and self.windows.arrives(node):
+            back = self._raster_plane(node, masks, value, batch)
+            if back is not None:
+                return back
             self.windows.read(node)
             if self.windows.landing is node:  # even if one window holds everything at this size
                 for landed in self.windows.candidates(value):
@@ -249,6 +252,15 @@ class FormFinder:
         if form is not None and not self.windowed and self.islands.is_scrambled(node, form):
             return self.islands.leave(node, value, moved, form)
         return form or self.islands.leave(node, value, moved, None)
+
+    def _raster_plane(
+        self, node: fx.Node, masks: list[Tensor], value: Tensor, batch: int | None
+    ) -> Form | None:
+        """The image's own grid, where movement puts the tokens of a stream in another order."""
+        if self.layout.places is None:
+            return None
+        planes = [form for form in self.candidates(value, batch) if form.kind == "grid"]
+        return next((form for form in planes if self._is_at(form, node, masks, value)), None)
 
     def _is_at(self, form: Form, node: fx.Node, masks: list[Tensor], value: Tensor) -> bool:
         """Whether what changed is exactly where the form says; of data movement, whether the token
