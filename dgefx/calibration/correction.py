@@ -19,7 +19,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.kernels.correction import Correction
-from dgefx.kernels.layout import to_tokens
 from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
@@ -53,7 +52,8 @@ def _run_until(model: nn.Module, block: DGEBlock, call: Call) -> _Passage | None
     def keep_stream(_block: nn.Module, _inputs: Any, output: Any) -> None:
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 3:
-                passage.stream = to_tokens(leaf.detach(), block.dge_router.order).clone()
+                grid = passage.routing.grid
+                passage.stream = block.dge_router.tokens_of(leaf.detach(), grid).clone()
                 raise _Enough
         raise RuntimeError("the block returns no stream")
 

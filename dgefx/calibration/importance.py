@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dgefx.calibration.distance import Kind, probe
 from dgefx.calibration.gradients import gradients, run_with_gradients
-from dgefx.kernels.layout import to_tokens
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.router import Router
 from dgefx.passes.capture import Call
@@ -87,7 +86,7 @@ class _Recorder:
 
     def regions(self, gradient: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, R) sum of squares of a gradient with respect to the block's output."""
-        tokens = to_tokens(gradient, self.router.order)[:, self.router.prefix :]
+        tokens = self.router.tokens_of(gradient, grid)[:, self.router.prefix :]
         table = self.router.tables(grid, tokens.device)[0]
         squares = tokens.float().square().sum(-1)
         total = squares.new_zeros(squares.shape[0], table.region_cost.shape[0])

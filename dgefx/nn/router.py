@@ -21,6 +21,7 @@ from dgefx.kernels.allocate import (
 )
 from dgefx.kernels.batch_budget import demote, share_levels, share_nested
 from dgefx.kernels.correction import Correction, mean_features
+from dgefx.kernels.layout import to_tokens
 from dgefx.kernels.pool import patch_sums, pool, sum_children
 from dgefx.kernels.ragged import Ragged, level_counts
 from dgefx.kernels.routing import Routing
@@ -30,6 +31,7 @@ from dgefx.nn.detail import importance_logits, nested_gains, patch_energies, reg
 from dgefx.nn.gate import Gate
 from dgefx.nn.hierarchy import LevelTables, divides, side_counts
 from dgefx.nn.router_routings import RouterRoutings, Scores
+from dgefx.nn.token_order import TokenOrder, raster_tokens
 from dgefx.nn.windows import Tiling, WindowRule
 
 Number = TypeVar("Number", int, Tensor)
@@ -48,8 +50,10 @@ class Router(RouterRoutings):
         windows: how the block's attention partitions the grid, if it does.
         fixed_slots: whether its windows need a slot for every patch, see `dgefx.kernels.window`.
         stencils: kernel sizes of the block's depthwise convolutions.
+        places: order of the stream's tokens, see `TokenOrder`; None: raster order.
 
     Attributes:
+        token_order: None for streams in raster order.
         gate: with the linear router, else None.
         open: whether a gate without capacity asks in this block although its plan is the finest;
             set where a budget below 1 is.
@@ -72,10 +76,12 @@ class Router(RouterRoutings):
         windows: WindowRule | None = None,
         fixed_slots: bool = False,
         stencils: frozenset[int] = frozenset(),
+        places: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(config, grid, prefix, windows, stencils, fixed_slots)
         self.channels = channels
         self.order = order
+        self.token_order = None if places is None else TokenOrder(places, grid, prefix)
         self.plan = plan
         self.importance: Tensor | None
         self.register_buffer("importance", None)
@@ -148,6 +154,11 @@ class Router(RouterRoutings):
             w if isinstance(w, nn.Parameter) else nn.Parameter(w.detach().to(self.device))
             for w in weights
         )
+
+    def tokens_of(self, stream: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, prefix + H*W, C) in raster order of a stream as the block hands it out."""
+        tokens = to_tokens(stream, self.order)
+        return tokens if self.token_order is None else raster_tokens(tokens, self.token_order, grid)
 
     def scores(self, tokens: Tensor, grid: tuple[int, int]) -> Scores:
         """Sums, energies and gate logits of `tokens`."""

@@ -29,14 +29,26 @@ def tiling_places(tiling: Tiling) -> Places:
 
 
 def _slot_places(tiling: Tiling) -> Places:
-    """The window slot at every place of one window."""
+    """The window slot, by the block's number, at every place of one window."""
     lines = []
     for axis in (tiling.rows, tiling.columns):
         line = [-1] * axis.side
         for slot, place in enumerate(axis.places):
             line[place] = slot
         lines.append(tuple(line))
-    return _places(lines[0], lines[1], len(tiling.columns.places))
+    places = _places(lines[0], lines[1], len(tiling.columns.places))
+    return places._replace(token=_numbered_slots(places.token, tiling))
+
+
+def _numbered_slots(slots: Tensor, tiling: Tiling) -> Tensor:
+    """The block's numbers of slots that are counted row by row."""
+    return slots if tiling.order is None else torch.tensor(tiling.order.slots)[slots]
+
+
+def _window_numbers(rows: Tensor, columns: Tensor, tiling: Tiling) -> Tensor:
+    """The block's numbers of the windows of all combinations of window rows and columns."""
+    windows = _raster(rows, columns, tiling.windows[1])
+    return windows if tiling.order is None else torch.tensor(tiling.order.windows)[windows]
 
 
 def _token_slots(axis: AxisTiling) -> tuple[Tensor, Tensor]:
@@ -60,8 +72,8 @@ def _token_level(tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
         _token_slots(axis) for axis in (tiling.rows, tiling.columns)
     )
     slots = (len(tiling.rows.places), len(tiling.columns.places))
-    window = _raster(row_window, column_window, tiling.windows[1])
-    index = _raster(row_slot, column_slot, slots[1])
+    window = _window_numbers(row_window, column_window, tiling)
+    index = _numbered_slots(_raster(row_slot, column_slot, slots[1]), tiling)
     members = torch.full((tiling.windows[0] * tiling.windows[1], slots[0] * slots[1]), -1)
     members[window, index] = torch.arange(window.numel())
     return members, window, index
@@ -75,7 +87,7 @@ def _coarse_level(tiling: Tiling, side: int) -> tuple[Tensor, Tensor, Tensor, Te
     tall, wide = len(counts[0]), len(counts[1])
     height, width = side_counts(tiling, side)
     row, column = torch.arange(height), torch.arange(width)
-    window = _raster(row // tall, column // wide, tiling.windows[1])
+    window = _window_numbers(row // tall, column // wide, tiling)
     position = _raster(row % tall, column % wide, wide)
     number = torch.zeros_like(per_patch)
     number[local] = torch.arange(local.numel())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 #: per window, the token along one axis in every slot; -1: padding
 AxisMap = tuple[tuple[int, ...], ...]
@@ -105,12 +106,24 @@ class AxisTiling:
         )
 
 
+class WindowOrder(NamedTuple):
+    """How a block numbers its windows and their slots: the block's number of every one, counted row
+    by row."""
+
+    windows: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Tiling:
-    """A grid of tokens rearranged window by window."""
+    """A grid of tokens rearranged window by window.
+
+    order: see `WindowRule`.
+    """
 
     rows: AxisTiling
     columns: AxisTiling
+    order: WindowOrder | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -166,6 +179,8 @@ class WindowRule:
     kind, shift, pad_first: see `axis_map`. fixed: only at the size it was read at, as these maps.
     cuts: per axis, slots before which patches end besides (borders of an attention mask).
     least: tokens that each axis must have at least; on less, the block lays out other windows.
+    order: how the block numbers windows and slots, by which its values and tables are laid out;
+        None: row by row.
     """
 
     size: tuple[int, int] | None = None
@@ -175,6 +190,7 @@ class WindowRule:
     fixed: tuple[AxisMap, AxisMap] | None = None
     cuts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     least: tuple[int, int] = (1, 1)
+    order: WindowOrder | None = None
 
     def maps(self, grid: tuple[int, int]) -> tuple[AxisMap, AxisMap]:
         """Per axis, the token in every slot of every window.
@@ -225,4 +241,4 @@ def _tiling(rule: WindowRule, grid: tuple[int, int], unit: int) -> Tiling:
         AxisTiling.of(tokens, unit, rule.step(tokens), cuts)
         for tokens, cuts in zip(rule.maps(grid), rule.cuts, strict=True)
     )
-    return Tiling(rows, columns)
+    return Tiling(rows, columns, rule.order)

@@ -28,7 +28,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 @dataclass
 class Capture:
     """The flat graph. Node meta: `shape`, `dtype`, `stack` (names of the modules it ran in,
-    outermost first, each with its call count)."""
+    outermost first, each with its call count); `index`: the value of a constant that may be one."""
 
     graph: fx.Graph
     output: Any
@@ -62,6 +62,8 @@ class Recorder(TorchFunctionMode):
             name = self.names.get(id(value), "constant")
             node = self.graph.create_node("get_attr", name)
             self._mark(node, value)
+            if value.dtype in (torch.int32, torch.int64):
+                node.meta["index"] = value
         return node
 
     def _argument(self, value: Any) -> Any:

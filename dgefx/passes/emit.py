@@ -44,6 +44,7 @@ from dgefx.kernels.window import (
     to_slots,
 )
 from dgefx.nn.block import resolve_grid
+from dgefx.nn.token_order import raster_axis, raster_tokens, stream_axis, stream_tokens
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.cores import map_sources
 from dgefx.passes.form import MOVES, Form, size_inputs, size_read
@@ -118,6 +119,7 @@ class Splitter:
         self.query: dict[fx.Node, Any] = {}  # packed
         self.slotted: dict[fx.Node, Any] = {}  # in fixed slots of windows
         self.in_slots = SlotChooser(trace, worlds, finder).choose()
+        self._require_raster_slots()
         self.uses_windows = finder.windowed or bool(self.in_slots)
         self.context: dict[fx.Node, Any] = {}
         self.unpooled: dict[fx.Node, fx.Node] = {}
@@ -129,6 +131,18 @@ class Splitter:
         self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
         self.constant_names: dict[str, str] = {}
         self.stencils: set[int] = set()
+
+    def _require_raster_slots(self) -> None:
+        """Slots of the whole image as one window are numbered in raster order."""
+        if self.layout.places is None:
+            return
+        for node in self.in_slots:
+            if self.forms[node].kind == "tokens":
+                raise Refused(
+                    f"{node.name}: a table meets tokens, which are not in raster order, otherwise "
+                    f"than by broadcasting",
+                    "table beside the queries",
+                )
 
     # -- prologue, walk, epilogue ------------------------------------------------------------
 
@@ -177,6 +191,11 @@ class Splitter:
         stream = self.context[self.worlds.stream]
         self.tokens = call(to_tokens, (stream, order))
         self.grid = self._grid(stream)
+        #: of a stream in another order than raster; None otherwise
+        self.token_order: fx.Node | None = None
+        if self.layout.places is not None:
+            self.token_order = self.graph.create_node("get_attr", "dge_router.token_order")
+            self.tokens = call(raster_tokens, (self.tokens, self.token_order, self.grid))
         self.routing = self.graph.call_module("dge_router", (self.tokens, self.grid))
         self.queries = call(pool, (self.tokens, self.routing))
         self.query[self.worlds.stream] = call(queries_as_stream, (self.queries, order))
@@ -221,6 +240,33 @@ class Splitter:
             f"{node.name}, on the block's main path, is not laid out as a stream", "mixes tokens"
         )
 
+    def _dense_tokens(self, value: Any, order: str) -> Any:
+        """(B, N, C) in raster order of all tokens of a value laid out as a stream."""
+        tokens = self.graph.call_function(to_tokens, (value, order))
+        if self.token_order is None:
+            return tokens
+        return self.graph.call_function(raster_tokens, (tokens, self.token_order, self.grid))
+
+    def _dense_value(self, tokens: Any, order: str) -> Any:
+        """The inverse of `_dense_tokens`."""
+        call = self.graph.call_function
+        if self.token_order is not None:
+            tokens = call(stream_tokens, (tokens, self.token_order))
+        return call(from_tokens, (tokens, order, self.grid))
+
+    def _reordered(self, value: Any, form: Form, axis: int, raster: bool) -> Any:
+        """A value of all tokens, or a table for them, from the order of a form's token axis to
+        raster order, or back.
+
+        Args:
+            axis: of the tokens in `value`.
+        """
+        if self.token_order is None or form.kind != "tokens":
+            return value
+        gather = raster_axis if raster else stream_axis
+        operands = (value, self.token_order, axis, form.prefix)
+        return self.graph.call_function(gather, operands)
+
     def _updated(self, node: fx.Node) -> Any:
         """(B, N, C) main path value: what it was before, plus the un-pooled update."""
         updated = self.graph.call_function(to_tokens, (self.query[node], self._order(node)))
@@ -228,16 +274,14 @@ class Splitter:
 
     def _materialise(self, node: fx.Node) -> Any:
         """A value of the main path for the context world."""
-        return self.graph.call_function(
-            from_tokens, (self._updated(node), self._order(node), self.grid)
-        )
+        return self._dense_value(self._updated(node), self._order(node))
 
     def _pool_again(self, node: fx.Node) -> None:
         """The query world goes on from a value of the context's main path."""
         order = self._order(node)
         if self.forms[node].mixes:
             self.mixing = True
-        tokens = self.graph.call_function(to_tokens, (self.context[node], order))
+        tokens = self._dense_tokens(self.context[node], order)
         queries = self.graph.call_function(pool_onto, (tokens, self.routing))
         self.base = (tokens, queries)
         self.query[node] = self.graph.call_function(queries_as_stream, (queries, order))
@@ -245,13 +289,13 @@ class Splitter:
     def _epilogue(self, output: fx.Node) -> None:
         call, order = self.graph.call_function, self.layout.order
         if self.worlds.output_is_dense:
-            tokens = call(to_tokens, (self.context[self.worlds.output], order))
+            tokens = self._dense_tokens(self.context[self.worlds.output], order)
         else:
             order = self._order(self.worlds.output)
             tokens = self._updated(self.worlds.output)
         # a correction is of the whole block's update
         tokens = call(corrected, (tokens, self.tokens, self.queries, self.routing))
-        result = call(from_tokens, (tokens, order, self.grid))
+        result = self._dense_value(tokens, order)
 
         def pick(node: fx.Node) -> Any:
             if node is self.worlds.output:
@@ -269,7 +313,7 @@ class Splitter:
     def _emit_context(self, node: fx.Node) -> Any:
         for fused in self.fused:
             if node in fused.context:
-                return self._project(fused, fused.context[node], self.context, False)
+                return self._project(node, fused, fused.context[node], self.context, False)
         size = self._dense_size(node)
         if size is not None:
             return size
@@ -361,7 +405,7 @@ class Splitter:
     def _emit_query(self, node: fx.Node) -> Any:
         for fused in self.fused:
             if node in fused.query:
-                return self._project(fused, fused.query[node], self.query, True)
+                return self._project(node, fused, fused.query[node], self.query, True)
         form = self.forms.get(node)
         if form is not None and form.kind == "moving":
             return _MOVING
@@ -498,7 +542,12 @@ class Splitter:
     # -- fused projections -------------------------------------------------------------------
 
     def _project(
-        self, fused: FusedProjection, part: Part, env: dict[fx.Node, Any], is_query: bool
+        self,
+        node: fx.Node,
+        fused: FusedProjection,
+        part: Part,
+        env: dict[fx.Node, Any],
+        is_query: bool,
     ) -> fx.Node:
         parts = (fused.query if is_query else fused.context).values()
         first, last = min(p.start for p in parts), max(p.stop for p in parts)
@@ -510,6 +559,8 @@ class Splitter:
         if part.positions:  # windows and slots: one window of all queries, or as many as there are
             lead = part.positions[0] if has_parts(self.layout.order) else 1
             positions = (lead, -1) if is_query else (-1, *part.positions[1:])
+            if is_query and self._slots_come_first(node, part):
+                positions = (-1, 1)
             if len(part.positions) > 2:
                 raise Refused(
                     f"{fused.linear.name}: tokens on {len(part.positions)} axes", "windows"
@@ -527,6 +578,13 @@ class Splitter:
                 part.merged,
             ),
         )
+
+    def _slots_come_first(self, node: fx.Node, part: Part) -> bool:
+        """Whether the stream counts the windows of a value slot by slot."""
+        form = self.forms.get(node)
+        if form is None or form.kind != "window":
+            return False
+        return part.position_axis(0, len(self._shape(node))) in form.axes
 
     def _narrow_projections(self) -> None:
         """Leave out rows of a projection of which only a size was wanted, read elsewhere by now."""
@@ -672,6 +730,7 @@ class Splitter:
                     f"{node.name}: images are merged with another axis where a table is added",
                     "table beside the queries",
                 )
+            emitted = self._reordered(emitted, form, axes[0], raster=True)
             return self.graph.call_function(
                 gather_constant,
                 (emitted, self.routing, rank, form.batch, form.axes, form.prefix),
@@ -704,6 +763,13 @@ class Splitter:
             self.positional = self.fixed_slots = True
             axes = [labels[index].index(own[a]) for a in form.axes if own[a] in labels[index]]
             lines = [n for n, a in enumerate(form.axes) if own[a] in labels[index]]
+            partition = self.finder.windows.partition
+            if len(axes) < len(form.axes) and partition is not None and partition.order:
+                raise Refused(
+                    f"{node.name}: a table has rows or columns of windows whose slots are in "
+                    f"another order",
+                    "table beside the queries",
+                )
             if len(axes) == len(form.axes):
                 if len(axes) == 2 and axes[1] != axes[0] + 1:
                     raise Refused(
@@ -783,6 +849,8 @@ class Splitter:
             raise Refused(
                 f"{node.name} mixes tokens with images merged into another axis", "mixes tokens"
             )
+        self._require_unmerged(node, form)
+        result = self._reordered(result, form, form.axes[0], raster=True)
         if form.kind == "flat":
             return self.graph.call_function(pool_flat, (result, self.routing, form.prefix))
         return self.graph.call_function(
@@ -799,14 +867,22 @@ class Splitter:
                 f"{reader.name} mixes tokens with images merged into another axis", "mixes tokens"
             )
         if source not in self.unpooled:
+            self._require_unmerged(reader, form)
             call, routing = self.graph.call_function, self.routing
             if form.kind == "flat":
                 found = call(unpool_flat, (emitted, routing, form.prefix))
             else:
                 operands = (emitted, routing, form.axes, form.prefix, form.inner)
                 found = call(unpool_value, operands)
-            self.unpooled[source] = found
+            self.unpooled[source] = self._reordered(found, form, form.axes[0], raster=False)
         return self.unpooled[source]
+
+    def _require_unmerged(self, node: fx.Node, form: Form) -> None:
+        """Merged with images, tokens in another order than raster are not gathered."""
+        if form.kind == "flat" and self.layout.places is not None:
+            raise Refused(
+                f"{node.name} mixes tokens with images merged into another axis", "mixes tokens"
+            )
 
     def _unpooled_size(self, size: fx.Node) -> Any:
         """A size that is computed from those of query path values, on all tokens."""

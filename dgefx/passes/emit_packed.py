@@ -221,7 +221,10 @@ class PackedSplitter(Splitter):
                 )
             if self._shape(mask)[-2:-1] != (1,):
                 self.positional = True
-            options["attn_mask"] = self.context[mask]
+            table = self.context[mask]
+            if len(self._shape(mask)) > 1 and self._shape(mask)[-2] > 1:
+                table = self._reordered(table, form, -2, raster=True)
+            options["attn_mask"] = table
         return self.graph.create_node(
             "call_function",
             packed_attention,

@@ -20,10 +20,10 @@ from dgefx.passes.trace import Trace
 class Form:
     """How a value of the query world holds tokens.
 
-    kind: "tokens" (one axis, raster), "grid" (two axes, H and W), "flat" (images and tokens on one
-        axis), "window" (slots of windows), "moving" (on the way between two of these), "dense"
-        (un-pooled, on another grid than the tokens', until an operation comes back to theirs) or
-        "free" (no token axis).
+    kind: "tokens" (one axis, in the stream's order), "grid" (two axes, H and W), "flat" (images and
+        tokens on one axis, in the stream's order), "window" (slots of windows), "moving" (on the
+        way between two of these), "dense" (un-pooled, on another grid than the tokens', until an
+        operation comes back to theirs) or "free" (no token axis).
     axes: the token axis or axes. prefix: whether prefix tokens are on the axis too.
     batch: the image axis, None where images are merged with something else. Of a "flat" value, the
         token axis.

@@ -160,7 +160,8 @@ class FormFinder:
     def _moved_stream(self, base: Tensor, probe: Probe) -> Tensor:
         moved = base.clone()
         view = self._canonical(moved)
-        token = self.layout.prefix + probe.row * self.layout.grid[1] + probe.column
+        token = probe.row * self.layout.grid[1] + probe.column
+        token = self.layout.prefix + self.layout.position(token)
         generator = torch.Generator().manual_seed(2)
         # far enough to move attention that is nearly one-hot
         view[probe.image, token] += 3 * torch.randn(view.shape[-1], generator=generator).to(view)
@@ -234,6 +235,9 @@ class FormFinder:
             found = next((f for f in self._all_candidates(value, batch) if fits(f)), None)
             return self.islands.leave(node, value, moved, found)
         if self.windows.partition is None and self.windows.arrives(node):
+            back = self._raster_plane(node, masks, value, batch)
+            if back is not None:
+                return back
             self.windows.read(node)
             if self.windows.landing is node:  # even if one window holds everything at this size
                 for landed in self.windows.candidates(value):
@@ -248,6 +252,15 @@ class FormFinder:
         if form is not None and not self.windowed and self.islands.is_scrambled(node, form):
             return self.islands.leave(node, value, moved, form)
         return form or self.islands.leave(node, value, moved, None)
+
+    def _raster_plane(
+        self, node: fx.Node, masks: list[Tensor], value: Tensor, batch: int | None
+    ) -> Form | None:
+        """The image's own grid, where movement puts the tokens of a stream in another order."""
+        if self.layout.places is None:
+            return None
+        planes = [form for form in self.candidates(value, batch) if form.kind == "grid"]
+        return next((form for form in planes if self._is_at(form, node, masks, value)), None)
 
     def _is_at(self, form: Form, node: fx.Node, masks: list[Tensor], value: Tensor) -> bool:
         """Whether what changed is exactly where the form says; of data movement, whether the token
@@ -323,7 +336,7 @@ class FormFinder:
             found = {form.axes[0]: probe.row, form.axes[1]: probe.column}
         else:
             offset = self.layout.prefix if form.prefix else 0
-            index = offset + probe.row * self.layout.grid[1] + probe.column
+            index = offset + self.layout.position(probe.row * self.layout.grid[1] + probe.column)
             if form.kind == "flat":
                 index += probe.image * (offset + self.layout.grid[0] * self.layout.grid[1])
             found = {form.axes[0]: index}

@@ -42,7 +42,7 @@ _SPATIAL = frozenset(
 #: every row of the result is about the same token as that row of the first operand
 _ROWS = frozenset({"matmul", "scaled_dot_product_attention"})
 _REDUCES = frozenset({"max", "amax", "mean", "sum"})
-_REARRANGE = MOVEMENT | {"cat", "roll", "flip", "pad"}
+_REARRANGE = MOVEMENT | {"cat", "roll", "flip", "pad", "index_select"}
 #: reads all channels of a token at once: what lies in them is one token afterwards
 _MIX_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm"})
 
@@ -55,6 +55,8 @@ class Layout:
     grid: (H, W). prefix: tokens in front of the grid. source: module that laid the grid out, whose
         output tells H and W; None where patch merging did. update: whether the block hands out what
         is to be added to the stream, not the stream updated.
+    places: raster number of the token at every position behind the prefix, at this size; None:
+        raster order. Only of orders with one axis of tokens.
     """
 
     order: str
@@ -62,6 +64,7 @@ class Layout:
     prefix: int
     source: str | None = None
     update: bool = False
+    places: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -79,6 +82,16 @@ class Layout:
     def axis(self, letter: str) -> int:
         """The axis of the stream that a letter of the order names."""
         return axis_of(self.order, letter)
+
+    def position(self, token: int) -> int:
+        """Position, behind the prefix, of the token with this raster number."""
+        return token if self.places is None else self.places.index(token)
+
+    def numbers(self) -> Tensor:
+        """(N,) raster number of the token at every position behind the prefix."""
+        if self.places is None:
+            return torch.arange(self.grid[0] * self.grid[1])
+        return torch.tensor(self.places)
 
     def images(self, shape: tuple[int, ...]) -> int:
         """Images, or parts that count as images, in a stream of this shape."""
@@ -190,6 +203,8 @@ class GridFinder:
                 return found.ids
             if "shape" not in source.meta:
                 return _Parts(source)
+            if "index" in source.meta:
+                return source.meta["index"].cpu()
             return torch.full((1,), -1).expand(source.meta["shape"])
 
         if op_name(node) == "getitem" and "shape" not in node.args[0].meta:  # type: ignore[union-attr]
@@ -253,10 +268,12 @@ class GridFinder:
         axis = moving[0]
         line = ids.movedim(axis, 0)[:, 0, 0]
         prefix = int((line < 0).sum())
-        wanted = torch.cat([torch.full((prefix,), -1), torch.arange(grid[0] * grid[1])])
-        if line.shape != wanted.shape or not torch.equal(line, wanted):
-            return "the stream's tokens are not prefix tokens followed by the grid in raster order"
-        return Layout({0: "NBC", 1: "BNC", 2: "BCN"}[axis], grid, prefix, numbers.source)
+        body, raster = line[prefix:], torch.arange(grid[0] * grid[1])
+        if bool((body < 0).any()) or not torch.equal(body.sort().values, raster):
+            return "the stream's tokens are not prefix tokens followed by every token of the grid"
+        places = None if torch.equal(body, raster) else tuple(body.tolist())
+        order = {0: "NBC", 1: "BNC", 2: "BCN"}[axis]
+        return Layout(order, grid, prefix, numbers.source, places=places)
 
 
 def _padded(node: Node, ids: Any) -> Tensor:

@@ -46,6 +46,13 @@ class Part:
         """
         return self.order[-1] == len(self.order) - 1
 
+    def position_axis(self, place: int, rank: int) -> int:
+        """The axis, of a value with `rank` axes, that one of the token axes becomes."""
+        apart = rank + (self.merged is not None)
+        axes = [axis for axis in range(apart) if axis not in self.singles]
+        axis = axes[self.order.index(1 + place)]
+        return axis - (self.merged is not None and axis > self.merged)
+
 
 @dataclass(frozen=True)
 class FusedProjection:

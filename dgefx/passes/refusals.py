@@ -138,9 +138,9 @@ KINDS: dict[KindName, Kind] = {
     ),
     "token order": Kind(
         False,
-        "hand the stream from block to block as (B, prefix + H * W, C), (B, H, W, C) or "
-        "(B, C, H, W) in raster order, prefix tokens in front; windows and other orders belong "
-        "inside the block",
+        "hand the stream from block to block as (B, prefix + H * W, C), prefix tokens in front and "
+        "every token of the grid behind them, or as (B, H, W, C) or (B, C, H, W) in raster order; "
+        "windows belong inside the block",
     ),
     "no block module": Kind(
         False,

@@ -151,6 +151,7 @@ def build_block(
         plan.windows,
         plan.fixed_slots,
         plan.stencils,
+        layout.places,
     )
     router.train(dense.training)
     parameter = next(dense.parameters(), None)

@@ -144,9 +144,8 @@ def patch_constant_stream(
     images = layout.images(tuple(like.shape))
     size = (images, patches + layout.prefix, like.shape[layout.axis("C")])
     values = torch.randn(size, generator=generator)
-    tokens = torch.cat(
-        [values[:, : layout.prefix], values[:, layout.prefix :][:, tables.token_patch]], 1
-    )
+    body = values[:, layout.prefix :][:, tables.token_patch]
+    tokens = torch.cat([values[:, : layout.prefix], body[:, layout.numbers()]], 1)
     return from_tokens(tokens, layout.order, layout.grid).contiguous().to(like)
 
 

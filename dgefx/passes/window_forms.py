@@ -118,21 +118,27 @@ class WindowForms:
             raise Refused("tokens are moved that are not in the image's order", "windows")
         if form.kind == "window":
             return self._window_seed(form, shape)
+        count = grid[0] * grid[1]
         if form.kind == "flat":
             line = [1] * len(shape)
             line[form.axes[0]] = shape[form.axes[0]]
-            return torch.arange(1, shape[form.axes[0]] + 1).view(line).expand(shape)
+            every = torch.arange(shape[form.axes[0]])
+            if self.layout.places is not None and len(every) % count == 0:
+                every = every // count * count + self.layout.numbers().repeat(len(every) // count)
+            return (every + 1).view(line).expand(shape)
         sizes = [shape[axis] for axis in form.axes]
-        if torch.Size(sizes).numel() != grid[0] * grid[1]:
+        if torch.Size(sizes).numel() != count:
             return torch.full(shape, -1)
         place = [1] * len(shape)
         for axis in form.axes:
             place[axis] = shape[axis]
         images = [1] * len(shape)
         images[form.batch] = shape[form.batch]
-        first = torch.arange(shape[form.batch]).view(images) * (grid[0] * grid[1])
-        tokens = torch.arange(grid[0] * grid[1]).view(place)
-        return (first + tokens + 1).expand(shape)
+        first = torch.arange(shape[form.batch]).view(images) * count
+        tokens = torch.arange(count)
+        if self.layout.places is not None and form.kind == "tokens":
+            tokens = self.layout.numbers()
+        return (first + tokens.view(place) + 1).expand(shape)
 
     def _window_seed(self, form: Form, shape: torch.Size) -> Tensor:
         partition = self.partition or Partition.whole(self.layout.grid)
@@ -171,7 +177,8 @@ class WindowForms:
     def read(self, node: fx.Node) -> None:
         numbers = self.numbers(node, self.base, self.layout.grid)
         images = self._images(self.trace.values)
-        found = read_partition(numbers, images, self.layout.grid, self.slots)
+        permuted = self.layout.places is not None
+        found = read_partition(numbers, images, self.layout.grid, self.slots, permuted)
         if self.partition is not None:
             if found is not None:
                 raise Refused("the block has two different partitions into windows", "windows")
@@ -231,6 +238,9 @@ class WindowForms:
         if form.merged:
             value = value.unflatten(0, (-1, count, form.inner)).transpose(0, 1).movedim(2, 1)
             value = value.movedim(3, 1)
+        if self.partition.order is not None:
+            windows, slots = (torch.tensor(numbers) for numbers in self.partition.order)
+            value = value[windows][:, slots]
         maps = self.partition.rows, self.partition.columns
         known = [borders_of(tokens, usual_step(tokens)) for tokens in maps]
         found = mask_cuts(value, self.partition.size)
@@ -245,7 +255,7 @@ class WindowForms:
         dense block itself."""
         if self.partition is None or self.landing is None:
             return WindowRule()
-        if any(self.cuts):
+        if any(self.cuts) or self.layout.places is not None:
             return fixed_rule(self.partition, self.cuts)
         rules = candidate_rules(self.partition)
         tall, wide = self.partition.size
@@ -290,16 +300,13 @@ class WindowForms:
 
     def place(self, form: Form, probe: Probe) -> dict[int, range]:
         partition = self.partition or Partition.whole(self.layout.grid)
-        row, column, slot_row, slot_column = partition.place(probe.row, probe.column)
+        window, slot = partition.place(probe.row, probe.column)
         count = partition.windows[0] * partition.windows[1]
-        window = row * partition.windows[1] + column
         assert form.batch is not None
         lead = (probe.image * count + window if form.merged else probe.image) * form.inner
         found = {form.batch: range(lead, lead + form.inner)}
-        pairs = [(form.windows, window, (row, column))]
-        pairs.append(
-            (form.axes, slot_row * partition.size[1] + slot_column, (slot_row, slot_column))
-        )
+        pairs = [(form.windows, window, divmod(window, partition.windows[1]))]
+        pairs.append((form.axes, slot, divmod(slot, partition.size[1])))
         for axes, joint, apart in pairs:
             indices = (joint,) if len(axes) == 1 else apart
             for axis, index in zip(axes, indices, strict=False):

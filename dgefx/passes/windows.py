@@ -8,13 +8,14 @@ block either lays out windows as the dense one does or refuses the size. Used by
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgefx.nn.windows import AxisMap, WindowRule, axis_map
+from dgefx.nn.windows import AxisMap, WindowOrder, WindowRule, axis_map
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Partition:
     """The windows of one grid.
 
     rows, columns: per window, the token in every slot along the axis; -1: padding.
+    order: how the block numbers windows and slots; None: row by row.
     """
 
     grid: tuple[int, int]
     rows: AxisMap
     columns: AxisMap
+    order: WindowOrder | None = None
 
     @classmethod
     def whole(cls, grid: tuple[int, int]) -> Partition:
@@ -43,32 +46,46 @@ class Partition:
         """(rows, columns) of windows."""
         return len(self.rows), len(self.columns)
 
-    def place(self, row: int, column: int) -> tuple[int, int, int, int]:
-        """(window row, window column, slot row, slot column) of a token."""
+    def place(self, row: int, column: int) -> tuple[int, int]:
+        """The block's numbers of the window and the slot of a token."""
         found = []
         for tokens, token in ((self.rows, row), (self.columns, column)):
             window = next(i for i, line in enumerate(tokens) if token in line)
             found.append((window, tokens[window].index(token)))
-        return found[0][0], found[1][0], found[0][1], found[1][1]
+        window = found[0][0] * self.windows[1] + found[1][0]
+        slot = found[0][1] * self.size[1] + found[1][1]
+        if self.order is None:
+            return window, slot
+        return self.order.windows[window], self.order.slots[slot]
 
     def numbers(self, images: int) -> Tensor:
         """(images, window rows, window columns, slot rows, slot columns): 1 + image * H * W +
-        token, 0 in padding."""
+        token, 0 in padding; windows and slots by the block's numbers."""
         row, column = torch.tensor(self.rows), torch.tensor(self.columns)
         down, right = row[:, None, :, None], column[None, :, None, :]
         first = torch.arange(images).view(-1, 1, 1, 1, 1) * (self.grid[0] * self.grid[1])
         tokens = first + down * self.grid[1] + right + 1
-        return torch.where((down < 0) | (right < 0), 0, tokens)
+        tokens = torch.where((down < 0) | (right < 0), 0, tokens)
+        if self.order is None:
+            return tokens
+        windows, slots = (torch.tensor(numbers).argsort() for numbers in self.order)
+        tokens = tokens.flatten(3, 4)[..., slots].flatten(1, 2)[:, windows]
+        return tokens.unflatten(1, self.windows).unflatten(3, self.size)
 
 
 def read_partition(
-    numbers: Tensor, images: int, grid: tuple[int, int], slots: set[int]
+    numbers: Tensor,
+    images: int,
+    grid: tuple[int, int],
+    slots: set[int],
+    permuted: bool = False,
 ) -> Partition | None:
     """The partition that token numbers show, or None where they show none.
 
     Args:
         numbers: of any shape, 1 + image * H * W + token; 0: padding. Equal along channels.
         images: in the batch. slots: how many tokens may attend to each other.
+        permuted: whether windows may be in any order, and slots in one that is the same in all.
     """
     moving = [axis for axis in range(numbers.dim()) if _varies(numbers, axis)]
     for axis in reversed(range(numbers.dim())):
@@ -89,8 +106,22 @@ def read_partition(
         local = torch.where(table > 0, table - 1 - shift, -1)
         if not torch.equal(local, local[:1].expand_as(local)):
             return None
-        return _read_table(local[0], grid)
+        found = _read_table(local[0], grid)
+        return _read_permuted(local[0], grid) if found is None and permuted else found
     return None
+
+
+def _read_permuted(table: Tensor, grid: tuple[int, int]) -> Partition | None:
+    """`_read_table` with windows sorted by their first tokens, and the slots of all of them as the
+    tokens of one are."""
+    if bool((table < 0).any()):  # padding has no place to be sorted by
+        return None
+    windows, slots = table.amin(1).argsort(), table[0].argsort()
+    found = _read_table(table[windows][:, slots], grid)
+    if found is None:
+        return None
+    order = WindowOrder(tuple(windows.tolist()), tuple(slots.tolist()))
+    return dataclasses.replace(found, order=order)
 
 
 def _varies(numbers: Tensor, axis: int) -> bool:
@@ -168,7 +199,8 @@ def fixed_rule(
     partition: Partition, cuts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 ) -> WindowRule:
     """The partition as it is, for this grid alone."""
-    return WindowRule(partition.size, fixed=(partition.rows, partition.columns), cuts=cuts)
+    maps = (partition.rows, partition.columns)
+    return WindowRule(partition.size, fixed=maps, cuts=cuts, order=partition.order)
 
 
 def mask_cuts(table: Tensor, size: tuple[int, int]) -> tuple[set[int], set[int]]:

@@ -208,10 +208,12 @@ class Tokens(nn.Module):
         return self.block(self.embed(x))
 
 
-class Shuffled(Model):
+class Behind(Model):
+    """An extra token behind the grid."""
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).flatten(2).transpose(1, 2).flip(1)
-        return self.blocks[0](x)
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        return self.blocks[0](torch.cat([x, x.new_zeros(x.shape[0], 1, DIM)], 1))
 
 
 def patched() -> nn.Module:
@@ -272,7 +274,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
         {},
     ),
     "layout unknown": (Tokens, "grid not found", {"example_inputs": torch.randn(2, 64, DIM)}),
-    "token order": (lambda: Shuffled(plain()), "raster order", {}),
+    "token order": (lambda: Behind(plain()), "followed by every token of the grid", {}),
     "no block module": (Bare, "no module takes the residual stream", {}),
     "shared module": (lambda: Model(*[plain()] * 2), "runs 2 times per forward", {}),
     "outer block": (lambda: Model(Outer()), "also holds the block blocks.0.inner", {}),
