@@ -20,9 +20,10 @@ from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.grid import Layout
+from dgefx.passes.ops import op_name
 from dgefx.passes.split import SplitBlock, split
 from dgefx.passes.trace import Trace, trace
-from dgefx.passes.worlds import Refused
+from dgefx.passes.worlds import KEEPS_STREAM, Refused
 
 
 @dataclass
@@ -42,6 +43,7 @@ class BlockPlan:
     windows: WindowRule | None  # how its attention partitions the grid
     fixed_slots: bool  # see `dgefx.kernels.window`
     tokens_apart: bool = False  # nothing but attention mixes its tokens
+    stream_rank: int = 0  # of its arguments of the stream's shape, which one is the stream
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
 
     def space(self, config: DGEConfig) -> Grid:
@@ -49,7 +51,8 @@ class BlockPlan:
         return space_of(self.layout.grid, self.windows, config)
 
 
-def _stream_placeholder(traced: Trace, layout: Layout, shape: tuple[int, ...]) -> fx.Node:
+def _streams(traced: Trace, shape: tuple[int, ...]) -> list[fx.Node]:
+    """Placeholders of the stream's shape."""
     found = [
         n
         for n in traced.graph.nodes
@@ -61,7 +64,24 @@ def _stream_placeholder(traced: Trace, layout: Layout, shape: tuple[int, ...]) -
         raise Refused(
             f"no argument of the block holds its stream of shape {shape}", "no block module"
         )
-    return found[0]
+    return found
+
+
+def _stream_rank(traced: Trace, shape: tuple[int, ...]) -> int:
+    """Which argument of the stream's shape is the stream: that which goes on to the result, with
+    updates added, and not one that only takes part in them (positions, values of a block before).
+    """
+    found = _streams(traced, shape)
+    front = next(n for n in traced.graph.nodes if n.op == "output").all_input_nodes
+    kept = set(front)
+    while front:
+        node = front.pop()
+        if not node.op.startswith("call_") or op_name(node, traced.root) not in KEEPS_STREAM:
+            continue
+        new = [n for n in node.all_input_nodes if n not in kept]
+        kept.update(new)
+        front += new
+    return next((rank for rank, node in enumerate(found) if node in kept), 0)
 
 
 def _split(
@@ -71,9 +91,10 @@ def _split(
     shape: tuple[int, ...],
     packs: bool,
     training: bool,
-) -> SplitBlock:
+) -> tuple[SplitBlock, int]:
     traced = trace(block, spec, training)
-    return split(traced, _stream_placeholder(traced, layout, shape), layout, packs)
+    rank = _stream_rank(traced, shape)
+    return split(traced, _streams(traced, shape)[rank], layout, packs), rank
 
 
 def plan_block(
@@ -102,8 +123,10 @@ def plan_block(
         spec = CallSpec.of(block, *call)
     except ValueError as error:
         raise Refused(str(error), "forward signature") from error
-    evaluated = _split(block, spec, layout, shape, packs, training=False)
-    trained = _split(block, spec, layout, shape, packs, training=True)
+    evaluated, rank = _split(block, spec, layout, shape, packs, training=False)
+    trained, other = _split(block, spec, layout, shape, packs, training=True)
+    if rank != other:
+        raise Refused("its stream differs between eval and train mode", "train and eval differ")
     if evaluated.windows != trained.windows:
         raise Refused("its windows differ between eval and train mode", "train and eval differ")
     constants = dict(evaluated.constants)
@@ -125,6 +148,7 @@ def plan_block(
         hook_source=layout.source,
         exact_at_any_level=not (evaluated.positional or evaluated.mixing),
         tokens_apart=evaluated.tokens_apart,
+        stream_rank=rank,
         windows=evaluated.windows,
         fixed_slots=evaluated.fixed_slots or trained.fixed_slots,
         stencils=evaluated.stencils | trained.stencils,

@@ -20,7 +20,7 @@ from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.rewrite import BlockPlan, build_block
 from dgefx.passes.trace import copy_block
-from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error
+from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, stream_leaf
 
 
 def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int, int]) -> Call:
@@ -28,11 +28,9 @@ def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int
     size = plan.layout.shape_at(shape, grid)
     leaves, spec = pytree.tree_flatten(call)
     generator = torch.Generator().manual_seed(4)
-    placed = False
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape and not placed:
-            leaves[index] = torch.randn(size, generator=generator).to(leaf)
-            placed = True
+    place = stream_leaf(leaves, plan, shape)
+    leaves[place] = torch.randn(size, generator=generator).to(leaves[place])
+    for index in range(len(leaves)):
         pair = leaves[index - 1 : index + 1]
         if all(isinstance(size, int) for size in pair) and tuple(pair) == plan.layout.grid:
             leaves[index - 1], leaves[index] = grid

@@ -9,6 +9,7 @@ model: at the finest granularity on the example input, with its real parameters.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dgefx.config import DGEConfig
-from dgefx.kernels.layout import from_tokens, to_tokens
+from dgefx.kernels.layout import from_tokens
 from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.capacity import region_count
@@ -81,22 +82,32 @@ def _chance(plan: BlockPlan, config: DGEConfig) -> TorchFunctionMode | None:
     return WithoutChance(per_element=True) if config.packs else None
 
 
-def _with_stream(call: Call, shape: tuple[int, ...], stream: Tensor) -> Call:
-    """`call` with its stream replaced (the first tensor of that shape)."""
+def stream_leaf(leaves: list[Any], plan: BlockPlan, shape: tuple[int, ...]) -> int:
+    """Where the stream, of this shape, stands among the leaves of a block's call."""
+    fitting = (
+        index
+        for index, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape
+    )
+    found = next(itertools.islice(fitting, plan.stream_rank, None), None)
+    if found is None:
+        raise Refused(
+            f"no argument of the block holds its stream of shape {shape}", "no block module"
+        )
+    return found
+
+
+def _with_stream(call: Call, plan: BlockPlan, shape: tuple[int, ...], stream: Tensor) -> Call:
     leaves, spec = pytree.tree_flatten(call)
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape:
-            leaves[index] = stream
-            break
+    leaves[stream_leaf(leaves, plan, shape)] = stream
     replaced: Call = pytree.tree_unflatten(leaves, spec)
     return replaced
 
 
-def _stream(call: Call, shape: tuple[int, ...]) -> Tensor:
-    for leaf in pytree.tree_leaves(call):
-        if isinstance(leaf, Tensor) and tuple(leaf.shape) == shape:
-            return leaf
-    raise Refused(f"no argument of the block holds its stream of shape {shape}", "no block module")
+def _stream(call: Call, plan: BlockPlan, shape: tuple[int, ...]) -> Tensor:
+    leaves = pytree.tree_leaves(call)
+    found: Tensor = leaves[stream_leaf(leaves, plan, shape)]
+    return found
 
 
 def _require_equal(found: Tensor, wanted: Tensor, stream: Tensor, what: str) -> None:
@@ -175,7 +186,7 @@ def verify_block(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
         copied = copy_block(dense)
         randomise_constants(copied)
-        example = _stream(call, shape)
+        example = _stream(call, plan, shape)
         noise = torch.randn(example.shape, generator=generator).to(example)
         for training in (False, True):
             # two copies: train mode may update running statistics
@@ -185,7 +196,7 @@ def verify_block(
             reference.train(training)
             converted = build_block(other.train(training), plan, config, _grid_shape(plan))
             label = "train mode at the finest granularity" if training else "the finest granularity"
-            probe = _with_stream(call, shape, noise)
+            probe = _with_stream(call, plan, shape, noise)
             # what is drawn once for two images is the same for both by chance
             for seed in range(3 if training and config.packs else 1):
                 before = torch.zeros_like(noise) if plan.layout.update else noise
@@ -222,7 +233,7 @@ def _verify_coarse(
     generator: torch.Generator,
 ) -> None:
     """Random granularities: equal on patch-constant input where nothing else is positional."""
-    like = _stream(call, shape)
+    like = _stream(call, plan, shape)
     stream = patch_constant_stream(plan.layout, config, like, generator, plan.space(config))
     images = plan.layout.images(tuple(like.shape))
     levels = random_levels(converted, images, generator).to(like.device)
@@ -230,7 +241,7 @@ def _verify_coarse(
     handle = router.register_forward_hook(
         lambda module, inputs, _output: module.routing_for(inputs[0], levels, inputs[1])
     )
-    probe = _with_stream(call, shape, stream)
+    probe = _with_stream(call, plan, shape, stream)
     try:
         found = _run(converted, probe)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
@@ -260,7 +271,7 @@ def _verify_fine_tokens(
 ) -> None:
     """Where nothing but attention mixes tokens, a token that is its own query gets the dense
     block's update whatever the other regions are, with position tables too."""
-    like = _stream(call, shape)
+    like = _stream(call, plan, shape)
     noise = torch.randn(like.shape, generator=generator).to(like)
     routings: list[Routing] = []
 
@@ -269,7 +280,7 @@ def _verify_fine_tokens(
         return routings[0]
 
     handle = converted.dge_router.register_forward_hook(route)
-    probe = _with_stream(call, shape, noise)
+    probe = _with_stream(call, plan, shape, noise)
     try:
         found = _run(converted, probe)
     finally:
@@ -281,7 +292,7 @@ def _verify_fine_tokens(
     alone = users.scatter_add_(1, slot, torch.ones_like(slot)).gather(1, slot) == 1
     before = torch.zeros_like(noise) if plan.layout.update else noise
     own, wanted, stream = (
-        to_tokens(value, plan.layout.order)[:, plan.layout.prefix :][alone]
+        converted.dge_router.tokens_of(value, plan.layout.grid)[:, plan.layout.prefix :][alone]
         for value in (found, _run(dense, probe), before)
     )
     _require_equal(own, wanted, stream, "fine tokens beside coarse ones")

@@ -133,7 +133,7 @@ def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
 
 
 #: operations that leave a main path what it is
-_KEEPS_STREAM = MOVEMENT | {"add", "cat", "dropout", "identity", "to", "type"}
+KEEPS_STREAM = MOVEMENT | {"add", "cat", "dropout", "identity", "to", "type"}
 
 
 def main_path(trace: Trace, flow: nx.DiGraph, stream: Node, output: Node) -> list[Node]:
@@ -209,7 +209,7 @@ class _Walk:
         return (
             node in self.path[1:]
             and node.op.startswith("call_")
-            and self._name(node) not in _KEEPS_STREAM
+            and self._name(node) not in KEEPS_STREAM
             and isinstance(self.trace.values.get(node), Tensor)
             and not any(core.output is node for core in self.cores)
         )
