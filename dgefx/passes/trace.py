@@ -1,10 +1,10 @@
 """Pass 3, trace: one block module as its own symbolic graph.
 
 A concolic tracer: proxies are symbolic, and every one carries the value it has for the example
-call, so Python control flow on sizes, flags or data takes the branch that the model takes. Calls
-of `torch.nn` modules stay calls (parameters, dropout and hooks stay alive); everything else is
-traced through. A block is traced once in eval and once in train mode, since `self.training` is
-decided while tracing. Next: `passes.split`.
+call, so Python control flow on sizes and flags takes the branch that the model takes; a branch on
+the values of a tensor is refused. Calls of `torch.nn` modules stay calls (parameters, dropout and
+hooks stay alive); everything else is traced through. A block is traced once in eval and once in
+train mode, since `self.training` is decided while tracing. Next: `passes.split`.
 """
 
 from __future__ import annotations
