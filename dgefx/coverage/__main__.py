@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--compile-backend",
         default="eager",
-        help="of torch.compile(fullgraph=True): eager (default), aot_eager, inductor",
+        choices=("eager", "aot_eager", "inductor"),
+        help="of torch.compile(fullgraph=True), default eager",
     )
     return made
 

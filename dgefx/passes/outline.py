@@ -21,9 +21,12 @@ from torch import fx, nn
 from dgefx.nn.outlined import OutlinedBlock, container_of, hide_from_state_dict
 from dgefx.passes.aten import lower_aten
 from dgefx.passes.capture import Call, record_calls
+from dgefx.passes.ops import op_name
 from dgefx.passes.regions import Region, find_regions
 from dgefx.passes.rewrite import put
 
+#: operations that only read
+_READS = frozenset({"getitem", "getattr", "size", "dim", "numel"})
 #: in the meta of a graph module: its graph as it was, and the names of what was outlined
 _KEPT = "dgefx_dense"
 
@@ -58,7 +61,7 @@ def outline(model: nn.Module, call: Call) -> list[Outline]:
         module = model.get_submodule(name)
         assert isinstance(module, fx.GraphModule)
         kept = copy.deepcopy(module.graph)
-        lower_aten(module)
+        _prepare(module)
         regions = tuple(find_regions(module, calls[name]))
         module.graph = kept
         if not regions:
@@ -76,7 +79,7 @@ def apply_outlines(model: nn.Module, outlines: list[Outline]) -> None:
         module = model.get_submodule(plan.module)
         assert isinstance(module, fx.GraphModule)
         module.meta[_KEPT] = (copy.deepcopy(module.graph), plan)
-        lower_aten(module)
+        _prepare(module)
         nodes = list(module.graph.nodes)
         for region, name in zip(plan.regions, plan.names, strict=True):
             _cut_out(module, nodes, region, name)
@@ -98,6 +101,16 @@ def restore(model: nn.Module) -> None:
             else:
                 delattr(module, name)
         module.graph = graph  # compiles it
+
+
+def _prepare(module: fx.GraphModule) -> None:
+    """Before regions are looked for, and again before they are cut out."""
+    lower_aten(module)
+    # what a tracer leaves of `B, N, C = x.shape` and `x, _ = attention(x)`: read by nothing, it
+    # would count as a reader of the block's insides. Anything else may have effects
+    for node in reversed(module.graph.nodes):
+        if not node.users and node.op.startswith("call_") and op_name(node, module) in _READS:
+            module.graph.erase_node(node)
 
 
 def _is_named(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -254,6 +255,22 @@ def test_other_image_sizes_and_batches() -> None:
     converted = dgefx.convert(fx.symbolic_trace(dense), 1.0, example_inputs=X)
     other = images(3, (40, 24))
     assert error(converted(other), dense(other)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision"])
+def test_values_that_nothing_reads(kind: str) -> None:
+    """A tracer leaves the C of `B, N, C = x.shape` and what `x, _ = attention(x)` drops."""
+    if kind == "timm":
+        options = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 48}
+        model: nn.Module = timm.create_model("vit_tiny_patch16_224", **options)
+    else:
+        model = VisionTransformer(32, 8, 2, 3, 48, 64)
+    dense = traced(model)
+    code, wanted = dense.code, dense(X)
+    converted = dgefx.convert(dense, 1.0, example_inputs=X)
+    assert len(dgefx.report(converted).converted) == 2
+    assert_same(converted(X), wanted)
+    assert dense.code == dgefx.revert(converted).code == code
 
 
 def test_a_tapped_inner_value_is_reported() -> None:
