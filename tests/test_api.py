@@ -371,17 +371,17 @@ def test_nan_model_is_refused(dense: nn.Module) -> None:
 
 
 def test_a_block_that_fails_verification_stays_dense(dense: nn.Module) -> None:
-    class TokenCount(nn.Module):
+    class LastToken(nn.Module):
         """Right at the finest granularity, wrong at any other: only the coarse check sees it."""
 
         def forward(self, x: Tensor) -> Tensor:
-            return x * (x.shape[1] / 65)
+            return x + x[:, -1:]
 
-    dense.blocks[1].mlp = nn.Sequential(dense.blocks[1].mlp, TokenCount())
+    dense.blocks[1].mlp = nn.Sequential(dense.blocks[1].mlp, LastToken())
     report = dgefx.explain(dense, 0.9, example_inputs=X)
     assert report.blocks[0].status == "converted"
     assert report.blocks[1].status == "dense"
-    assert report.blocks[1].reason.startswith("verification: mixed granularities")
+    assert report.blocks[1].reason.startswith("verification: fine tokens")
 
 
 def test_a_model_that_changes_from_call_to_call_is_refused(dense: nn.Module) -> None:

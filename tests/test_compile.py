@@ -25,7 +25,9 @@ def _model(name: str) -> tuple[nn.Module, int]:
     return timm.create_model("vit_tiny_patch16_224", depth=1, img_size=96), 96
 
 
-@pytest.mark.parametrize("name", ["tiny", "vit", pytest.param("pvt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny", "pvt"))]
+)
 def test_inductor_equals_eager(name: str) -> None:
     dense, side = _model(name)
     model = dgefx.convert(randomise(dense), 0.6, example_inputs=images(2, side)).eval()
