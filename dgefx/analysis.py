@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
@@ -379,6 +380,25 @@ def _keep_sources_outside(plans: dict[str, BlockPlan]) -> None:
             last[grid] = source
 
 
+def _equal_in_float64(work: nn.Module, plans: dict[str, BlockPlan], call: Call) -> bool:
+    """Whether the converted model equals the dense one in float64: some models, at random weights
+    above all, amplify the rounding of float32 beyond the tolerance, whatever is converted."""
+    converted = copy.deepcopy(work).double()
+    dense = copy.deepcopy(converted)
+    for name in plans:
+        block = dense.get_submodule(name)
+        assert isinstance(block, DGEBlock)
+        put(dense, name, block.dense_block())
+    wide: Call = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, call
+    )
+    try:
+        difference = relative_error(run_example(converted, wide), run_example(dense, wide))
+    except (RuntimeError, TypeError, ValueError):  # it has float32 written into it
+        return False
+    return difference <= TOLERANCE
+
+
 def _install_and_verify(
     work: nn.Module, plans: dict[str, BlockPlan], call: Call, output: Any, config: DGEConfig
 ) -> list[str]:
@@ -422,7 +442,7 @@ def _install_and_verify(
             f"converted: the model holds them outside its module tree"
         )
     difference = relative_error(found, output)
-    if not difference <= TOLERANCE:
+    if not difference <= TOLERANCE and not _equal_in_float64(work, plans, call):
         raise ValueError(
             f"verification: every block equals its dense block, but the whole model at the finest "
             f"granularity differs from the dense one by {difference:.1e} (relative); it is not "

@@ -169,3 +169,24 @@ def test_low_precision_settings_do_not_fail_the_verification() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class Amplified(nn.Module):
+    """Its result keeps few digits of float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = TinyViT(dim=32, prefix=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # a sine of many turns: what is left of its angle is the last digits of float32
+        return torch.sin(self.backbone(x) * 1e4)
+
+
+def test_rounding_that_the_model_amplifies_is_no_difference() -> None:
+    model, x = randomise(Amplified()).eval(), images(2, 32)
+    converted = dgefx.convert(model, 1.0, example_inputs=x)
+    assert len(dgefx.report(converted).converted) == 2
+    with torch.no_grad():
+        assert error(converted(x), model(x)) > 1e-5
+        assert error(converted.double()(x.double()), model.double()(x.double())) < 1e-10
