@@ -194,12 +194,12 @@ class GridFinder:
     def _rearranged(self, node: Node) -> Numbers | None:
         """Run the movement itself on the numbers; tensors without numbers count as prefix (-1)."""
         origin: list[Numbers] = []
+        prefixes: list[Numbers] = []  # tokens of no place: of a grid only if nothing else is
 
         def numbers_of(source: Node) -> Any:
             found = self._found.get(source)
             if found is not None:
-                if bool((found.ids >= 0).any()):  # prefix tokens alone are of no grid
-                    origin.append(found)
+                (origin if bool((found.ids >= 0).any()) else prefixes).append(found)
                 return found.ids
             if "shape" not in source.meta:
                 return _Parts(source)
@@ -219,6 +219,7 @@ class GridFinder:
             return Numbers(values[index], numbers.grid, numbers.source)
         args = torch.fx.map_arg(node.args, numbers_of)
         kwargs = torch.fx.map_arg(node.kwargs, numbers_of)
+        origin = origin or prefixes
         if not origin or any(o.grid != origin[0].grid for o in origin):
             return None
         try:

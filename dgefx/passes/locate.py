@@ -380,6 +380,25 @@ def _multi_scale(core: Core, cores: list[Core]) -> Reason | None:
     )
 
 
+def _unplaced(
+    core: Core, stream: Node, text: str, residuals: _Residuals, finder: GridFinder
+) -> Reason:
+    """Why the stream has no layout."""
+    held, asking = finder.held(stream), finder.held(core.query)
+    if asking is not None and not asking.count:
+        return Reason("its queries are prefix tokens alone: class attention", "class attention")
+    if held is not None and held.grid == (1, 1):
+        return Reason("a grid of 1 x 1 has nothing to pool", "nothing to pool")
+    if held is not None:
+        return Reason(text, "token order")
+    if not any(n.op == "placeholder" for n in nx.ancestors(residuals.digraph, core.query)):
+        return Reason(
+            "its queries are learned, and made of nothing of the image",
+            "pooling head or learned queries",
+        )
+    return Reason(text, "layout unknown")
+
+
 def locate(capture: Capture, batch: int) -> list[Site]:
     """Every attention core of the captured model, with its block or the reason it has none.
 
@@ -416,11 +435,8 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
         if isinstance(layout, str):
-            held = finder.held(site.stream)
-            unplaced = Reason(layout, "token order" if held else "layout unknown")
-            if held is not None and held.grid == (1, 1):
-                unplaced = Reason("a grid of 1 x 1 has nothing to pool", "nothing to pool")
-            site.refuse(_multi_scale(core, cores) or unplaced)
+            multi = _multi_scale(core, cores)
+            site.refuse(multi or _unplaced(core, site.stream, layout, residuals, finder))
             continue
         site.layout = replace(layout, update=is_update)
         asking = _query_reason(core, site.stream, layout, finder, batch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -431,3 +432,11 @@ def test_every_refusal_in_the_source_has_a_kind() -> None:
             found = isinstance(kind, ast.Constant) and kind.value in KINDS
             assert found, f"{path.name}, line {node.lineno}"
     assert seen > 20
+
+
+def test_class_attention_in_blocks_of_its_own() -> None:
+    """CaiT: a stream of class tokens alone, which ask with nothing but themselves."""
+    model = timm.create_model("cait_xxs24_224", depth=1, img_size=64)
+    first, *others = explain(model, example_inputs=torch.randn(2, 3, 64, 64)).blocks
+    assert first.status == "converted" and len(others) == 2
+    assert {block.kind for block in others} == {"class attention"}
