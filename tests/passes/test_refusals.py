@@ -232,7 +232,7 @@ def compiled() -> nn.Module:
 CASES: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
     "class attention": (
         lambda: Model(block(class_only), prefix=1),
-        "1 query against 65 tokens",
+        "prefix tokens alone",
         {},
     ),
     "channel attention": (lambda: Model(block(channels)), "queries are channels", {}),
