@@ -190,3 +190,25 @@ def test_rounding_that_the_model_amplifies_is_no_difference() -> None:
     with torch.no_grad():
         assert error(converted(x), model(x)) > 1e-5
         assert error(converted.double()(x.double()), model.double()(x.double())) < 1e-10
+
+
+def test_scores_whose_keys_are_cut_into_rows_and_columns() -> None:
+    """VitDet adds the rows' and the columns' part of its position bias to scores of
+    (B, rows, columns, rows, columns)."""
+    config = transformers.VitDetConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=64,
+        pretrain_image_size=64,
+        patch_size=8,
+        window_size=4,
+        window_block_indices=[0],
+        use_relative_position_embeddings=True,
+    )
+    model, x = randomise(transformers.VitDetModel(config)).eval(), images(2, 64)
+    converted = dgefx.convert(model, 1.0, example_inputs=x)
+    assert len(dgefx.report(converted).converted) == 2
+    with torch.no_grad():
+        assert error(converted(x).last_hidden_state, model(x).last_hidden_state) < 1e-5
+    assert dgefx.report(dgefx.convert(model, 0.6, example_inputs=x)).ratio <= 0.605

@@ -8,6 +8,7 @@ the one that the softmax normalises and that the second product sums over. Used 
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,13 +140,17 @@ def _einsum_product(node: Node, values: Values) -> Product | None:
     return Product(node, (1, 2), (kept[0], kept[1]), (summed[0], summed[1]))
 
 
+#: an axis, or the rows and columns that a view cuts it into; negative
+Place = int | tuple[int, int]
+
+
 class _Follower:
     """Carries one axis of a value forward through what keeps it apart from all others."""
 
     def __init__(self, root: nn.Module | None, values: Values) -> None:
         self.root, self.values = root, values
 
-    def through(self, node: Node, source: Node, axis: int) -> int | None:
+    def through(self, node: Node, source: Node, axis: Place) -> Place | None:
         """Where `axis` of `source` lies in `node`, or None if it does not stay an axis."""
         name = op_name(node, self.root)
         if not isinstance(self.values(node), Tensor):
@@ -155,7 +160,7 @@ class _Follower:
         if name in _MIXES:
             mixed = _MIXES[name]
             pointwise = name != "conv2d" or self._is_pointwise(node)
-            return None if axis == mixed or not pointwise else axis
+            return axis if pointwise and isinstance(axis, int) and axis != mixed else None
         if name in MOVEMENT and node.op != "call_module":
             return self._moved(node, source, axis)
         return None
@@ -169,14 +174,17 @@ class _Follower:
             weight = self.values(weight) if isinstance(weight, Node) else weight
         return isinstance(weight, Tensor) and tuple(weight.shape[2:]) == (1, 1)
 
-    def _moved(self, node: Node, source: Node, axis: int) -> int | None:
+    def _moved(self, node: Node, source: Node, axis: Place) -> Place | None:
         """Runs the movement on numbers along the axis."""
         shape = list(self.values(source).shape)
-        if -axis > len(shape):
+        axes = (axis,) if isinstance(axis, int) else axis
+        if -min(axes) > len(shape):
             return None
         line = [1] * len(shape)
-        line[axis] = shape[axis]
-        numbers = torch.arange(shape[axis]).view(line).expand(shape)
+        for place in axes:
+            line[place] = shape[place]
+        count = math.prod(line)
+        numbers = torch.arange(count).view(line).expand(shape)
         args, kwargs = map_arg(
             (node.args, node.kwargs), lambda n: numbers if n is source else self.values(n)
         )
@@ -189,10 +197,12 @@ class _Follower:
             return None
         if not isinstance(moved, Tensor):
             return None
-        found = [a for a in range(moved.dim()) if _varies(moved, a)]
-        if len(found) != 1 or moved.shape[found[0]] != shape[axis]:
+        found = [a - moved.dim() for a in range(moved.dim()) if _varies(moved, a)]
+        if math.prod(moved.shape[a] for a in found) != count:
             return None
-        return found[0] - moved.dim()
+        if len(found) == 1:
+            return found[0]
+        return (found[0], found[1]) if len(found) == 2 and found[0] + 1 == found[1] else None
 
 
 def _varies(numbers: Tensor, axis: int) -> bool:
@@ -253,9 +263,10 @@ class WrittenAttention:
         for product, value in self._sums(softmax, axis):
             self.unscored.append(Weighed(softmax, product, value))
 
-    def reached(self, start: Node, axis: int) -> Iterator[tuple[Node, Node, int]]:
+    def reached(self, start: Node, axis: int) -> Iterator[tuple[Node, Node, Place]]:
         """(reader, what it reads, where the axis lies there), as far as it can be followed."""
-        seen, front = {start}, [(start, axis)]
+        seen: set[Node] = {start}
+        front: list[tuple[Node, Place]] = [(start, axis)]
         while front:
             node, place = front.pop(0)
             for user in node.users:
@@ -273,12 +284,19 @@ class WrittenAttention:
                     if op_name(user, self.root) != "softmax":
                         continue
                     rank = _rank(self.values(user))
-                    if rank and _softmax_axis(user, self.root, rank) == place:
+                    if not isinstance(place, int) or not rank:
+                        continue
+                    if _softmax_axis(user, self.root, rank) == place:
                         yield key, user, place
 
     def _key_axes(self, scores: Product, key: int) -> frozenset[tuple[Node, int]]:
         reached = (self.reached(scores.node, axis) for _, axis in scores.kept[key])
-        return frozenset((node, place) for way in reached for _, node, place in way)
+        return frozenset(
+            (node, axis)
+            for way in reached
+            for _, node, place in way
+            for axis in ((place,) if isinstance(place, int) else place)
+        )
 
     def _sums(self, softmax: Node, axis: int) -> Iterator[tuple[Product, int]]:
         """(product that sums over the keys, which operand the values are)."""
