@@ -393,10 +393,13 @@ def _equal_in_float64(work: nn.Module, plans: dict[str, BlockPlan], call: Call) 
         Tensor, lambda t: t.double() if t.is_floating_point() else t, call
     )
     try:
-        difference = relative_error(run_example(converted, wide), run_example(dense, wide))
+        wanted = run_example(dense, wide)
+        # a model that changes from call to call differs from itself as well
+        repeats = relative_error(run_example(dense, wide), wanted) <= TOLERANCE
+        difference = relative_error(run_example(converted, wide), wanted)
     except (RuntimeError, TypeError, ValueError):  # it has float32 written into it
         return False
-    return difference <= TOLERANCE
+    return repeats and difference <= TOLERANCE
 
 
 def _install_and_verify(
