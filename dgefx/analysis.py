@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
@@ -32,7 +31,7 @@ from dgefx.passes.sizes import bound_rule
 from dgefx.passes.trace import TraceError
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.worlds import Refused
-from dgefx.precision import full_float32
+from dgefx.precision import full_float32, in_float64
 from dgefx.report import BlockReport, Report
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -389,9 +388,7 @@ def _equal_in_float64(work: nn.Module, plans: dict[str, BlockPlan], call: Call) 
         block = dense.get_submodule(name)
         assert isinstance(block, DGEBlock)
         put(dense, name, block.dense_block())
-    wide: Call = pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, call
-    )
+    wide: Call = in_float64(call)
     try:
         wanted = run_example(dense, wide)
         # a model that changes from call to call differs from itself as well

@@ -158,8 +158,8 @@ def explain(
     filter_fn: FilterFn | None = None,
 ) -> Report:
     """What `convert` would do, without doing it. Arguments and errors as `convert`, but for two
-    that the report tells of: nothing to convert, and a `gamma` under the floor, for which every
-    block is shown at its coarsest (`ratio` is then the floor)."""
+    that the report tells of: attention of which no block converts, and a `gamma` under the floor,
+    for which every block is shown at its coarsest (`ratio` is then the floor)."""
     inputs = exported_inputs(model) if example_inputs is None else example_inputs
     dense: nn.Module = as_module(model)
     value, settings = _check_arguments(dense, gamma, config, filter_fn)

@@ -1,16 +1,24 @@
-"""Float32 at its full precision, for comparing converted blocks with dense ones.
+"""Float32 at its full precision, and float64, for comparing converted models with dense ones.
 
 `torch.backends.cudnn.allow_tf32` is on by default, and `torch.set_float32_matmul_precision` is a
 common setting: both round operands to ten bits or seven, by which two orders of the same sums then
-differ. Used by `dgefx.analysis`.
+differ. Used by `dgefx.analysis` and `dgefx.coverage`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+def in_float64(value: Any) -> Any:
+    """Arguments or outputs of a model with every floating point tensor in float64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
 
 
 @contextmanager

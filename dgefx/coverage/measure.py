@@ -22,6 +22,7 @@ from dgefx.coverage.cases import Case
 from dgefx.coverage.softmaxes import softmax_modules, unseen
 from dgefx.coverage.verdict import rightly_refused
 from dgefx.inputs import clone_call, given_call
+from dgefx.precision import in_float64
 from dgefx.report import BlockReport, Report
 
 GAMMA = 0.5
@@ -195,17 +196,12 @@ def measure(case: Case, backend: str = "eager") -> Result:
 
 def _compare_in_float64(result: Result, finest: nn.Module, model: nn.Module, other: Any) -> None:
     """Replace `exact` where the dense model's own rounding in float32 is as large."""
-
-    def wide(value: Any) -> Any:
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.double() if t.is_floating_point() else t, value
-        )
-
-    dense = run(copy.deepcopy(model).double(), wide(other))
-    own = difference(wide(run(model, other)), dense)
+    wide = in_float64(other)
+    dense = run(copy.deepcopy(model).double(), wide)
+    own = difference(in_float64(run(model, other)), dense)
     if result.exact is not None and own >= result.exact / 3:
         result.note = f"{result.note} float64 (float32 rounds by {own:.0e})".strip()
-        result.exact = difference(run(copy.deepcopy(finest).double(), wide(other)), dense)
+        result.exact = difference(run(copy.deepcopy(finest).double(), wide), dense)
 
 
 def _judged(case: Case, block: BlockReport) -> Block:

@@ -67,11 +67,10 @@ def _streams(traced: Trace, shape: tuple[int, ...]) -> list[fx.Node]:
     return found
 
 
-def _stream_rank(traced: Trace, shape: tuple[int, ...]) -> int:
+def _stream_rank(traced: Trace, found: list[fx.Node]) -> int:
     """Which argument of the stream's shape is the stream: that which goes on to the result, with
     updates added, and not one that only takes part in them (positions, values of a block before).
     """
-    found = _streams(traced, shape)
     front = next(n for n in traced.graph.nodes if n.op == "output").all_input_nodes
     kept = set(front)
     while front:
@@ -93,8 +92,9 @@ def _split(
     training: bool,
 ) -> tuple[SplitBlock, int]:
     traced = trace(block, spec, training)
-    rank = _stream_rank(traced, shape)
-    return split(traced, _streams(traced, shape)[rank], layout, packs), rank
+    found = _streams(traced, shape)
+    rank = _stream_rank(traced, found)
+    return split(traced, found[rank], layout, packs), rank
 
 
 def plan_block(
