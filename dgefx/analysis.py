@@ -29,6 +29,7 @@ from dgefx.passes.refusals import KINDS, Reason, advice_lines
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
 from dgefx.passes.sizes import bound_rule
 from dgefx.passes.trace import TraceError
+from dgefx.passes.twins import Twins, is_same_code
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.worlds import Refused
 from dgefx.precision import full_float32, in_float64
@@ -247,9 +248,11 @@ def analyse(
             for site in sites:
                 if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
                     site.refuse(_FILTERED)
-        plans = _plan_sites(work, sites, call, config, must_convert)
+        calls = record_calls(work, {s.name for s in sites if s.reason is None}, *call)
+        plans = _plan_sites(work, sites, calls, config, must_convert)
         macs_dense = count_macs(work, *call)
-        costs = _price(work, plans, sites, call, config.bounded())
+        costs = _price(work, plans, calls, config.bounded())
+        del calls
         _drop_without_gain(sites, plans, costs, must_convert)
         _keep_sources_outside(plans)
         silent = _install_and_verify(work, plans, call, output, config.bounded())
@@ -279,22 +282,24 @@ def _require_finite(output: Any) -> None:
 
 
 def _plan_sites(
-    work: nn.Module, sites: list[Site], call: Call, config: DGEConfig, must_convert: bool
+    work: nn.Module,
+    sites: list[Site],
+    calls: Mapping[str, Call],
+    config: DGEConfig,
+    must_convert: bool,
 ) -> dict[str, BlockPlan]:
-    """Trace, split and verify every site that may convert; failures become reasons."""
-    names = {site.name for site in sites if site.reason is None}
-    calls = record_calls(work, names, *call)
+    """Trace, split and verify every site that may convert; failures become reasons.
+
+    Args:
+        calls: of these sites, by name.
+    """
     plans: dict[str, BlockPlan] = {}
+    twins = Twins()
     for site in sites:
         if site.reason is not None:
             continue
-        assert site.layout is not None and site.stream is not None
-        block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
         try:
-            plan = plan_block(block, site.name, calls[site.name], site.layout, shape, config.packs)
-            verify_block(block, plan, calls[site.name], shape, config)
-            rule = bound_rule(block, plan, calls[site.name], shape, config)
-            plan = dataclasses.replace(plan, windows=rule)
+            plan = _plan_site(work, site, calls[site.name], config, twins, plans)
         except Refused as error:
             site.refuse(Reason(str(error), error.kind))
             continue
@@ -306,13 +311,42 @@ def _plan_sites(
             continue
         plans[site.name] = plan
     for site in sites:
-        kind = _quantised(work.get_submodule(site.name)) if site.name in names else None
+        kind = _quantised(work.get_submodule(site.name)) if site.name in calls else None
         if kind is not None and site.reason is not None:
             site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(kind)}", "quantised"))
             if must_convert:
                 raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
     _require_plans(sites, plans, must_convert)
     return plans
+
+
+def _plan_site(
+    work: nn.Module,
+    site: Site,
+    call: Call,
+    config: DGEConfig,
+    twins: Twins,
+    plans: Mapping[str, BlockPlan],
+) -> BlockPlan:
+    """Trace, split and verify one block.
+
+    Args:
+        twins, plans: of the blocks before it.
+    """
+    assert site.layout is not None and site.stream is not None
+    block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
+    plan = plan_block(block, site.name, call, site.layout, shape, config.packs, twins)
+    try:
+        verify_block(block, plan, call, shape, config)
+    except Refused:
+        if set(plan.owners) == {site.name}:
+            raise
+        plan = plan_block(block, site.name, call, site.layout, shape, config.packs)
+        verify_block(block, plan, call, shape, config)
+    twin = plan.twin
+    if twin in plans and plan.windows and is_same_code(work.get_submodule(twin), block):
+        return dataclasses.replace(plan, windows=plans[twin].windows)
+    return dataclasses.replace(plan, windows=bound_rule(block, plan, call, shape, config))
 
 
 def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:
@@ -351,13 +385,14 @@ def _quantised(block: nn.Module) -> str | None:
 def _price(
     work: nn.Module,
     plans: dict[str, BlockPlan],
-    sites: list[Site],
-    call: Call,
+    calls: Mapping[str, Call],
     config: DGEConfig,
 ) -> dict[str, BlockCost]:
-    calls = record_calls(work, set(plans), *call)
-    costs = {}
+    costs: dict[str, BlockCost] = {}
     for name, plan in plans.items():
+        if plan.twin in costs:
+            costs[name] = costs[plan.twin]
+            continue
         dense = work.get_submodule(name)
         shape = GridShape(plan.layout.grid) if plan.needs_grid_shape else None
         converted = build_block(dense, plan, config, shape)

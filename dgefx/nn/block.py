@@ -76,6 +76,13 @@ class GraphCode:
         exec(compile(self.source, filename, "exec"), scope)
         self.run = scope["forward"]
 
+    def labelled(self, label: str) -> GraphCode:
+        """The same code under another label."""
+        made = GraphCode.__new__(GraphCode)
+        made.label, made.source, made.names = label, self.source, self.names
+        made._compile()
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("run")

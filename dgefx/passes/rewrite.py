@@ -6,6 +6,7 @@ converted block, apart from the model it is put into. `passes.verify` decides wh
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -21,8 +22,8 @@ from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import op_name
-from dgefx.passes.split import SplitBlock, split
 from dgefx.passes.trace import Trace, trace
+from dgefx.passes.twins import Split, Twins, call_structure
 from dgefx.passes.worlds import KEEPS_STREAM, Refused
 
 
@@ -45,6 +46,23 @@ class BlockPlan:
     tokens_apart: bool = False  # nothing but attention mixes its tokens
     stream_rank: int = 0  # of its arguments of the stream's shape, which one is the stream
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
+    owners: tuple[str, str] = ("", "")  # blocks whose graphs these are, see `passes.twins`
+
+    @property
+    def twin(self) -> str | None:
+        """The block of the same structure, in eval mode, from which it has its graph, if any."""
+        return self.owners[0] if self.owners[0] != self.name else None
+
+    def renamed(self, name: str, source: str | None) -> BlockPlan:
+        """The plan of another block that is called alike, with its grid from `source`."""
+        return dataclasses.replace(
+            self,
+            name=name,
+            layout=dataclasses.replace(self.layout, source=source),
+            hook_source=source,
+            eval_code=self.eval_code.labelled(name),
+            train_code=self.train_code.labelled(f"{name} train"),
+        )
 
     def space(self, config: DGEConfig) -> Grid:
         """What the block's patch hierarchy is built on, at the converted size."""
@@ -84,17 +102,18 @@ def _stream_rank(traced: Trace, found: list[fx.Node]) -> int:
 
 
 def _split(
-    block: nn.Module,
-    spec: CallSpec,
+    traced: Trace,
     layout: Layout,
     shape: tuple[int, ...],
     packs: bool,
-    training: bool,
-) -> tuple[SplitBlock, int]:
-    traced = trace(block, spec, training)
+    name: str,
+    twins: Twins,
+    evaluated: Split | None = None,
+) -> tuple[Split, int]:
+    """The split, and which argument of the stream's shape is the stream."""
     found = _streams(traced, shape)
     rank = _stream_rank(traced, found)
-    return split(traced, found[rank], layout, packs), rank
+    return twins.split(traced, found[rank], layout, packs, name, evaluated), rank
 
 
 def plan_block(
@@ -104,6 +123,7 @@ def plan_block(
     layout: Layout,
     shape: tuple[int, ...],
     packs: bool = False,
+    twins: Twins | None = None,
 ) -> BlockPlan:
     """Trace and split one block in both modes.
 
@@ -113,6 +133,7 @@ def plan_block(
         call: (args, kwargs) of the example run, at least two images.
         layout: of the block's stream. shape: of the block's stream.
         packs: whether the queries of a batch are packed, see `passes.split`.
+        twins: blocks of the same model that were split before; none without.
 
     Raises:
         Refused, TraceError: the reason why the block stays dense.
@@ -123,8 +144,13 @@ def plan_block(
         spec = CallSpec.of(block, *call)
     except ValueError as error:
         raise Refused(str(error), "forward signature") from error
-    evaluated, rank = _split(block, spec, layout, shape, packs, training=False)
-    trained, other = _split(block, spec, layout, shape, packs, training=True)
+    twins = Twins() if twins is None else twins
+    key = call_structure(block, spec, spec.bind(*call), shape, layout)
+    if key is not None and key in twins.plans:
+        return twins.plans[key].renamed(name, layout.source)
+    first, rank = _split(trace(block, spec, False), layout, shape, packs, name, twins)
+    second, other = _split(trace(block, spec, True), layout, shape, packs, name, twins, first)
+    evaluated, trained = first.block, second.block
     if rank != other:
         raise Refused("its stream differs between eval and train mode", "train and eval differ")
     if evaluated.windows != trained.windows:
@@ -136,7 +162,7 @@ def plan_block(
                 "its constants differ between eval and train mode", "train and eval differ"
             )
         constants[key] = value
-    return BlockPlan(
+    plan = BlockPlan(
         name=name,
         layout=layout,
         channels=shape[layout.axis("C")],
@@ -152,7 +178,11 @@ def plan_block(
         windows=evaluated.windows,
         fixed_slots=evaluated.fixed_slots or trained.fixed_slots,
         stencils=evaluated.stencils | trained.stencils,
+        owners=(first.owner, second.owner),
     )
+    if key is not None:
+        twins.plans[key] = plan
+    return plan
 
 
 def build_block(

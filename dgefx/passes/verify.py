@@ -161,11 +161,12 @@ def patch_constant_stream(
 
 
 def random_levels(block: DGEBlock, images: int, generator: torch.Generator) -> Tensor:
-    """(B, R) random granularities for a block."""
+    """(B, R) random granularities for a block; the last region is fine, the first one is not."""
     router = block.dge_router
     space = router.space(router.grid)
     regions = region_count(space, router.config.region_side)
     levels = torch.randint(0, router.config.levels, (images, regions), generator=generator)
+    levels[:, 0], levels[:, -1] = router.config.levels - 1, 0
     if router.config.routing_mode == "nested" and router.config.levels > 1:
         return nested_levels(levels, space, router.config.granularities)
     return levels
@@ -188,6 +189,7 @@ def verify_block(
         randomise_constants(copied)
         example = _stream(call, plan, shape)
         noise = torch.randn(example.shape, generator=generator).to(example)
+        probe = _with_stream(call, plan, shape, noise)
         for training in (False, True):
             # two copies: train mode may update running statistics
             reference, other = copied, copied
@@ -196,7 +198,6 @@ def verify_block(
             reference.train(training)
             converted = build_block(other.train(training), plan, config, _grid_shape(plan))
             label = "train mode at the finest granularity" if training else "the finest granularity"
-            probe = _with_stream(call, plan, shape, noise)
             # what is drawn once for two images is the same for both by chance
             for seed in range(3 if training and config.packs else 1):
                 before = torch.zeros_like(noise) if plan.layout.update else noise
@@ -210,20 +211,21 @@ def verify_block(
                     # a dropout that queries and keys both read is drawn for each of them
                     chance = WithoutChance(per_element=True)
                     _compare(converted, reference, probe, chance, seed, before, label)
-        # train mode draws dropout per query, so there only shapes and finiteness can be checked
-        trained = copy_block(copied).train()
-        converted = build_block(trained, plan, config, _grid_shape(plan))
-        _verify_coarse(None, converted, plan, call, shape, config, generator)
+        # train mode draws dropout per query: its mixed queries are checked for being finite only
+        if plan.train_code.source != plan.eval_code.source:
+            trained = copy_block(copied).train()
+            converted = build_block(trained, plan, config, _grid_shape(plan))
+            _verify_mixed(None, converted, plan, call, shape, config, generator)
         copied.eval()
         converted = build_block(copied, plan, config, _grid_shape(plan))
-        _verify_coarse(copied, converted, plan, call, shape, config, generator)
+        _verify_mixed(copied, converted, plan, call, shape, config, generator)
 
 
 def _grid_shape(plan: BlockPlan) -> GridShape | None:
     return GridShape(plan.layout.grid) if plan.needs_grid_shape else None
 
 
-def _verify_coarse(
+def _verify_mixed(
     dense: nn.Module | None,
     converted: DGEBlock,
     plan: BlockPlan,
@@ -232,15 +234,20 @@ def _verify_coarse(
     config: DGEConfig,
     generator: torch.Generator,
 ) -> None:
-    """Random granularities: equal on patch-constant input where nothing else is positional."""
+    """Random granularities: shapes, finiteness and, with `dense`, two identities, in some of the
+    images each: input that is constant within patches, and tokens that are their own queries."""
     like = _stream(call, plan, shape)
-    stream = patch_constant_stream(plan.layout, config, like, generator, plan.space(config))
     images = plan.layout.images(tuple(like.shape))
     levels = random_levels(converted, images, generator).to(like.device)
-    router = converted.dge_router
-    handle = router.register_forward_hook(
-        lambda module, inputs, _output: module.routing_for(inputs[0], levels, inputs[1])
-    )
+    constant = _constant_images(plan, images, config).to(like.device)
+    stream = _mixed_stream(plan, config, like, constant, generator)
+    routings: list[Routing] = []
+
+    def route(router: Router, inputs: tuple[Any, ...], _routing: Routing) -> Routing:
+        routings.append(router.routing_for(inputs[0], levels, inputs[1]))
+        return routings[0]
+
+    handle = converted.dge_router.register_forward_hook(route)
     probe = _with_stream(call, plan, shape, stream)
     try:
         found = _run(converted, probe)
@@ -252,47 +259,47 @@ def _verify_coarse(
         handle.remove()
     if not bool(torch.isfinite(found).all()):
         raise Refused("verification: NaN or infinity at mixed granularities", "verification failed")
-    if dense is not None and plan.tokens_apart:
-        _verify_fine_tokens(dense, converted, plan, call, shape, levels, generator)
-    if dense is not None and plan.exact_at_any_level:
-        wanted = _run(dense, probe)
-        before = torch.zeros_like(stream) if plan.layout.update else stream
-        _require_equal(found, wanted, before, "mixed granularities on patch-constant input")
-
-
-def _verify_fine_tokens(
-    dense: nn.Module,
-    converted: DGEBlock,
-    plan: BlockPlan,
-    call: Call,
-    shape: tuple[int, ...],
-    levels: Tensor,
-    generator: torch.Generator,
-) -> None:
-    """Where nothing but attention mixes tokens, a token that is its own query gets the dense
-    block's update whatever the other regions are, with position tables too."""
-    like = _stream(call, plan, shape)
-    noise = torch.randn(like.shape, generator=generator).to(like)
-    routings: list[Routing] = []
-
-    def route(router: Router, inputs: tuple[Any, ...], _routing: Routing) -> Routing:
-        routings.append(router.routing_for(inputs[0], levels, inputs[1]))
-        return routings[0]
-
-    handle = converted.dge_router.register_forward_hook(route)
-    probe = _with_stream(call, plan, shape, noise)
-    try:
-        found = _run(converted, probe)
-    finally:
-        handle.remove()
-    if routings[0].ragged is not None:  # packed, see `kernels.ragged`: no slot per token and image
+    if dense is None or not (plan.exact_at_any_level or plan.tokens_apart):
         return
-    slot = routings[0].token_slot
-    users = torch.zeros(slot.shape[0], int(slot.max()) + 1, dtype=torch.int64, device=slot.device)
-    alone = users.scatter_add_(1, slot, torch.ones_like(slot)).gather(1, slot) == 1
-    before = torch.zeros_like(noise) if plan.layout.update else noise
-    own, wanted, stream = (
-        converted.dge_router.tokens_of(value, plan.layout.grid)[:, plan.layout.prefix :][alone]
+    before = torch.zeros_like(stream) if plan.layout.update else stream
+    values = [
+        converted.dge_router.tokens_of(value, plan.layout.grid)
         for value in (found, _run(dense, probe), before)
-    )
-    _require_equal(own, wanted, stream, "fine tokens beside coarse ones")
+    ]
+    if plan.exact_at_any_level:
+        own, wanted, start = (value[constant] for value in values)
+        _require_equal(own, wanted, start, "mixed granularities on patch-constant input")
+    if plan.tokens_apart and routings[0].ragged is None:  # else there is no slot per token
+        alone = _own_queries(routings[0].token_slot) & ~constant[:, None]
+        own, wanted, start = (value[:, plan.layout.prefix :][alone] for value in values)
+        _require_equal(own, wanted, start, "fine tokens beside coarse ones")
+
+
+def _constant_images(plan: BlockPlan, images: int, config: DGEConfig) -> Tensor:
+    """(B,) in which images the input is constant within patches: where both identities hold, in
+    every other one. Packed queries have no slot per token, so only this one can be looked at."""
+    if not plan.exact_at_any_level:
+        return torch.zeros(images, dtype=torch.bool)
+    both = plan.tokens_apart and not config.packs and images > 1
+    return torch.arange(images) % 2 == 0 if both else torch.ones(images, dtype=torch.bool)
+
+
+def _mixed_stream(
+    plan: BlockPlan,
+    config: DGEConfig,
+    like: Tensor,
+    constant: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    layout = plan.layout
+    patches = patch_constant_stream(layout, config, like, generator, plan.space(config))
+    noise = torch.randn(like.shape, generator=generator).to(like)
+    size = (len(constant), layout.tokens, like.shape[layout.axis("C")])
+    chosen = from_tokens(constant[:, None, None].expand(size), layout.order, layout.grid)
+    return torch.where(chosen, patches, noise)
+
+
+def _own_queries(slot: Tensor) -> Tensor:
+    """(B, N) which tokens share their slot with no other."""
+    users = torch.zeros(slot.shape[0], int(slot.max()) + 1, dtype=torch.int64, device=slot.device)
+    return users.scatter_add_(1, slot, torch.ones_like(slot)).gather(1, slot) == 1
