@@ -21,7 +21,7 @@ from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
-from dgefx.passes.capture import Call, capture, record_calls
+from dgefx.passes.capture import Call, capture, recording
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.outline import Outline, outline
@@ -248,9 +248,9 @@ def analyse(
             for site in sites:
                 if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
                     site.refuse(_FILTERED)
-        calls = record_calls(work, {s.name for s in sites if s.reason is None}, *call)
+        with recording(work, {s.name for s in sites if s.reason is None}) as calls:
+            macs_dense = count_macs(work, *call)
         plans = _plan_sites(work, sites, calls, config, must_convert)
-        macs_dense = count_macs(work, *call)
         costs = _price(work, plans, calls, config.bounded())
         del calls
         _drop_without_gain(sites, plans, costs, must_convert)
@@ -337,7 +337,9 @@ def _plan_site(
     block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
     plan = plan_block(block, site.name, call, site.layout, shape, config.packs, twins)
     try:
-        verify_block(block, plan, call, shape, config)
+        first = None if plan.copy_of is None else plans.get(plan.copy_of)
+        passed = first is not None and first.train_code.source == plan.train_code.source
+        verify_block(block, plan, call, shape, config, twin_passed=passed)
     except Refused:
         if set(plan.owners) == {site.name}:
             raise

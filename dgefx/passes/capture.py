@@ -235,10 +235,9 @@ def tensors_in(output: Any) -> list[Tensor]:
     return found
 
 
-def record_calls(
-    model: nn.Module, names: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Call]:
-    """The (cloned) arguments with which each named module is called in one run of `model`."""
+@contextlib.contextmanager
+def recording(model: nn.Module, names: set[str]) -> Iterator[dict[str, Call]]:
+    """The (cloned) arguments with which each named module is first called while `model` runs."""
     calls: dict[str, Call] = {}
     handles = []
 
@@ -252,9 +251,16 @@ def record_calls(
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_calls(
+    model: nn.Module, names: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Call]:
+    """The (cloned) arguments with which each named module is called in one run of `model`."""
+    with torch.no_grad(), recording(model, names) as calls:
+        model(*args, **kwargs)
     return calls

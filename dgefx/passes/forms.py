@@ -217,56 +217,56 @@ class FormFinder:
     ) -> Form:
         if op_name(node, self.trace.root) in _UNINITIALISED:
             return Form("free")
-        masks = [_changed(value, values[node]) for values in moved]
+        changes = []
+        for values in moved:
+            values[node], change = _keep_changes(value, values[node])
+            changes.append(change)
 
         def fits(form: Form) -> bool:
-            return all(
-                _only_at(m, self.place(form, p)) for m, p in zip(masks, self.probes, strict=True)
-            )
+            pairs = zip(changes, self.probes, strict=True)
+            return all(_only_at(c, self.place(form, p)) for c, p in pairs)
 
-        for mask, values in zip(masks, moved, strict=True):
-            values[node] = torch.where(mask, values[node], value)
-        if not any(bool(mask.any()) for mask in masks):
+        if not any(len(change) for change in changes):
             if any(form.kind != "free" for form in self._source_forms(node)):
                 self.hidden.append(node)
-            return Form("free", batch=_batch_axis(masks, self.probes))
-        batch = _batch_axis(masks, self.probes)
+            return Form("free", batch=_batch_axis(changes, self.probes))
+        batch = _batch_axis(changes, self.probes)
         if self.islands.is_inside(node):
             found = next((f for f in self._all_candidates(value, batch) if fits(f)), None)
             return self.islands.leave(node, value, moved, found)
         if self.windows.partition is None and self.windows.arrives(node):
-            back = self._raster_plane(node, masks, value, batch)
+            back = self._raster_plane(node, changes, value, batch)
             if back is not None:
                 return back
             self.windows.read(node)
             if self.windows.landing is node:  # even if one window holds everything at this size
                 for landed in self.windows.candidates(value):
-                    if self._is_at(landed, node, masks, value):
+                    if self._is_at(landed, node, changes, value):
                         return landed
-        form = self._matching(node, masks, value, batch)
+        form = self._matching(node, changes, value, batch)
         if form is None and self.windows.moves_tokens(node):
             if self.windows.lands(node):
                 self.windows.read(node)
-                form = self._matching(node, masks, value, batch)
+                form = self._matching(node, changes, value, batch)
             form = form or Form("moving")
         if form is not None and not self.windowed and self.islands.is_scrambled(node, form):
             return self.islands.leave(node, value, moved, form)
         return form or self.islands.leave(node, value, moved, None)
 
     def _raster_plane(
-        self, node: fx.Node, masks: list[Tensor], value: Tensor, batch: int | None
+        self, node: fx.Node, changes: list[Tensor], value: Tensor, batch: int | None
     ) -> Form | None:
         """The image's own grid, where movement puts the tokens of a stream in another order."""
         if self.layout.places is None:
             return None
         planes = [form for form in self.candidates(value, batch) if form.kind == "grid"]
-        return next((form for form in planes if self._is_at(form, node, masks, value)), None)
+        return next((form for form in planes if self._is_at(form, node, changes, value)), None)
 
-    def _is_at(self, form: Form, node: fx.Node, masks: list[Tensor], value: Tensor) -> bool:
+    def _is_at(self, form: Form, node: fx.Node, changes: list[Tensor], value: Tensor) -> bool:
         """Whether what changed is exactly where the form says; of data movement, whether the token
         numbers are those that the movement makes."""
-        pairs = zip(masks, self.probes, strict=True)
-        if not all(_only_at(m, self.place(form, p)) for m, p in pairs):
+        pairs = zip(changes, self.probes, strict=True)
+        if not all(_only_at(c, self.place(form, p)) for c, p in pairs):
             return False
         if form.batch is None or self.layout.prefix or not self.windows.moves_tokens(node):
             return True
@@ -275,12 +275,12 @@ class FormFinder:
         return torch.equal(numbers, self.windows.seed(form, value.shape, grid))
 
     def _matching(
-        self, node: fx.Node, masks: list[Tensor], value: Tensor, batch: int | None
+        self, node: fx.Node, changes: list[Tensor], value: Tensor, batch: int | None
     ) -> Form | None:
         """The form that fits; the form of a source, if it still does."""
 
         def fit(form: Form) -> bool:
-            return self._is_at(form, node, masks, value)
+            return self._is_at(form, node, changes, value)
 
         for source in node.all_input_nodes:
             form = self.forms.get(source)
@@ -343,33 +343,41 @@ class FormFinder:
         return {axis: range(index, index + 1) for axis, index in found.items()}
 
 
-def _changed(base: Tensor, moved: Tensor) -> Tensor:
+def _keep_changes(base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """What changed by more than rounding: the value with the rest put back, and (K, axes) indices
+    of the elements."""
     if base.shape != moved.shape:
         raise Refused(
             "a value of the block changes its shape with the data", "shapes follow the data"
         )
-    if not base.is_floating_point():
-        return base != moved
-    scale = base.abs().amax() if base.numel() else base.new_zeros(())
-    scale = torch.nan_to_num(scale, nan=0.0, posinf=0.0)
-    allowed = _OWN_TOLERANCE * base.abs() + _TOLERANCE * scale
-    return (moved - base).abs() > torch.finfo(base.dtype).eps * allowed
+    different = (base != moved).nonzero()
+    if not base.is_floating_point() or not len(different):
+        return moved, different
+    scale = torch.nan_to_num(base.abs().amax(), nan=0.0, posinf=0.0)
+    place = different.unbind(1)
+    before, after = base[place], moved[place]
+    allowed = _OWN_TOLERANCE * before.abs() + _TOLERANCE * scale
+    counts = (after - before).abs() > torch.finfo(base.dtype).eps * allowed
+    if bool(counts.all()):
+        return moved, different
+    different, kept = different[counts], base.clone()
+    kept[different.unbind(1)] = after[counts]
+    return kept, different
 
 
-def _batch_axis(masks: list[Tensor], probes: tuple[Probe, ...]) -> int | None:
-    for axis in range(masks[0].dim()):
+def _batch_axis(changes: list[Tensor], probes: tuple[Probe, ...]) -> int | None:
+    for axis in range(changes[0].shape[1]):
         if all(
-            bool(m.any()) and _only_at(m, {axis: range(p.image, p.image + 1)})
-            for m, p in zip(masks, probes, strict=True)
+            len(c) and _only_at(c, {axis: range(p.image, p.image + 1)})
+            for c, p in zip(changes, probes, strict=True)
         ):
             return axis
     return None
 
 
-def _only_at(mask: Tensor, place: dict[int, range]) -> bool:
-    """Whether every True of `mask` has the given indices on the given axes."""
-    rest = mask
-    for axis, index in place.items():
-        fits = index.stop <= rest.shape[axis]
-        rest = rest.narrow(axis, index.start, len(index)) if fits else rest[:0]
-    return int(rest.sum()) == int(mask.sum())
+def _only_at(change: Tensor, place: dict[int, range]) -> bool:
+    """Whether all of these elements have the given indices on the given axes."""
+    return all(
+        bool(((change[:, axis] >= index.start) & (change[:, axis] < index.stop)).all())
+        for axis, index in place.items()
+    )

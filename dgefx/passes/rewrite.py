@@ -47,6 +47,7 @@ class BlockPlan:
     stream_rank: int = 0  # of its arguments of the stream's shape, which one is the stream
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
     owners: tuple[str, str] = ("", "")  # blocks whose graphs these are, see `passes.twins`
+    copy_of: str | None = None  # the block that differs from it in its parameters only, if any
 
     @property
     def twin(self) -> str | None:
@@ -58,6 +59,7 @@ class BlockPlan:
         return dataclasses.replace(
             self,
             name=name,
+            copy_of=self.name,
             layout=dataclasses.replace(self.layout, source=source),
             hook_source=source,
             eval_code=self.eval_code.labelled(name),
