@@ -28,8 +28,9 @@ from dgefx.passes.outline import Outline, outline
 from dgefx.passes.refusals import KINDS, Reason, advice_lines
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
 from dgefx.passes.sizes import bound_rule
+from dgefx.passes.structure import is_same_code
 from dgefx.passes.trace import TraceError
-from dgefx.passes.twins import Twins, is_same_code
+from dgefx.passes.twins import Twins
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.worlds import Refused
 from dgefx.precision import full_float32, in_float64
@@ -337,17 +338,16 @@ def _plan_site(
     block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
     plan = plan_block(block, site.name, call, site.layout, shape, config.packs, twins)
     try:
-        first = None if plan.copy_of is None else plans.get(plan.copy_of)
-        passed = first is not None and first.train_code.source == plan.train_code.source
+        passed = plan.copy_of in plans and plan.runs_like(plans[plan.copy_of])
         verify_block(block, plan, call, shape, config, twin_passed=passed)
-    except Refused:
+    except Exception:
         if set(plan.owners) == {site.name}:
             raise
         plan = plan_block(block, site.name, call, site.layout, shape, config.packs)
         verify_block(block, plan, call, shape, config)
-    twin = plan.twin
-    if twin in plans and plan.windows and is_same_code(work.get_submodule(twin), block):
-        return dataclasses.replace(plan, windows=plans[twin].windows)
+    twin = plans.get(plan.twin)
+    if twin and plan.windows and is_same_code(work.get_submodule(twin.name), block):
+        return dataclasses.replace(plan, windows=twin.windows)
     return dataclasses.replace(plan, windows=bound_rule(block, plan, call, shape, config))
 
 
@@ -392,7 +392,7 @@ def _price(
 ) -> dict[str, BlockCost]:
     costs: dict[str, BlockCost] = {}
     for name, plan in plans.items():
-        if plan.twin in costs:
+        if plan.twin in costs and plan.costs_like(plans[plan.twin]):
             costs[name] = costs[plan.twin]
             continue
         dense = work.get_submodule(name)

@@ -83,6 +83,11 @@ class GraphCode:
         made._compile()
         return made
 
+    def is_same(self, other: GraphCode) -> bool:
+        """Whether both run the same code, whatever their labels."""
+        same = self.source == other.source and self.names.keys() == other.names.keys()
+        return same and all(other.names[name] is value for name, value in self.names.items())
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("run")

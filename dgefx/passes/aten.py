@@ -39,7 +39,8 @@ _CHECKS = frozenset(
 
 def _slice(node: fx.Node) -> tuple[Any, ...]:
     """Arguments of the indexing that `aten.slice.Tensor` is."""
-    given = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False))
+    args: tuple[Any, ...] = node.args
+    given: dict[str, Any] = dict(zip(("self", "dim", "start", "end", "step"), args, strict=False))
     given.update(node.kwargs)
     dim, end = given.get("dim", 0), given.get("end")
     part = slice(given.get("start"), None if end == 2**63 - 1 else end, given.get("step", 1))
@@ -60,24 +61,22 @@ def _torch_call(name: str) -> tuple[str, Callable[..., Any] | str] | None:
 
 
 def _lower(node: fx.Node, name: str) -> None:
-    args, kwargs = node.args, dict(node.kwargs)
+    # fx's own type of arguments is recursive: mypy takes minutes over it
+    args: tuple[Any, ...] = node.args
+    kwargs: dict[str, Any] = {**node.kwargs}
     if name == "slice":
-        node.op, node.target, node.args, node.kwargs = (
-            "call_function",
-            operator.getitem,
-            _slice(node),
-            {},
-        )
+        node.op, node.target = "call_function", operator.getitem
+        node.args, node.kwargs = _slice(node), {}
         return
     if name == "sym_size":
         name = "size"
     elif name in ("_unsafe_view", "_reshape_alias"):
         name = "reshape"
-    elif name == "index" and all(isinstance(a, fx.Node) for a in args[1]):  # type: ignore[union-attr]
-        node.target, node.args = operator.getitem, (args[0], tuple(args[1]))  # type: ignore[arg-type]
+    elif name == "index" and all(isinstance(a, fx.Node) for a in args[1]):
+        node.target, node.args = operator.getitem, (args[0], tuple(args[1]))
         return
     elif name == "einsum":
-        node.target, node.args, node.kwargs = torch.einsum, (args[0], *args[1]), {}  # type: ignore[misc]
+        node.target, node.args, node.kwargs = torch.einsum, (args[0], *args[1]), {}
         return
     found = _torch_call(name)
     if found is None:

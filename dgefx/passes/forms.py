@@ -360,6 +360,8 @@ def _keep_changes(base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
     counts = (after - before).abs() > torch.finfo(base.dtype).eps * allowed
     if bool(counts.all()):
         return moved, different
+    if not bool(counts.any()):
+        return base, different[:0]
     different, kept = different[counts], base.clone()
     kept[different.unbind(1)] = after[counts]
     return kept, different

@@ -22,8 +22,9 @@ from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import op_name
+from dgefx.passes.structure import call_structure
 from dgefx.passes.trace import Trace, trace
-from dgefx.passes.twins import Split, Twins, call_structure
+from dgefx.passes.twins import Split, Twins
 from dgefx.passes.worlds import KEEPS_STREAM, Refused
 
 
@@ -47,12 +48,20 @@ class BlockPlan:
     stream_rank: int = 0  # of its arguments of the stream's shape, which one is the stream
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
     owners: tuple[str, str] = ("", "")  # blocks whose graphs these are, see `passes.twins`
-    copy_of: str | None = None  # the block that differs from it in its parameters only, if any
+    copy_of: str = ""  # the block that differs from it in its parameters only, if any
 
     @property
-    def twin(self) -> str | None:
-        """The block of the same structure, in eval mode, from which it has its graph, if any."""
-        return self.owners[0] if self.owners[0] != self.name else None
+    def twin(self) -> str:
+        """The block of the same structure, in eval mode, whose graph it has; "" if its own."""
+        return self.owners[0] if self.owners[0] != self.name else ""
+
+    def runs_like(self, other: BlockPlan) -> bool:
+        """Whether the blocks of both plans run the same code, in both modes."""
+        return self.costs_like(other) and self.train_code.is_same(other.train_code)
+
+    def costs_like(self, other: BlockPlan) -> bool:
+        """Whether they run the same code in eval mode, given that they are twins."""
+        return self.fixed_slots == other.fixed_slots and self.eval_code.is_same(other.eval_code)
 
     def renamed(self, name: str, source: str | None) -> BlockPlan:
         """The plan of another block that is called alike, with its grid from `source`."""
@@ -147,7 +156,7 @@ def plan_block(
     except ValueError as error:
         raise Refused(str(error), "forward signature") from error
     twins = Twins() if twins is None else twins
-    key = call_structure(block, spec, spec.bind(*call), shape, layout)
+    key = call_structure(block, spec, shape, layout)
     if key is not None and key in twins.plans:
         return twins.plans[key].renamed(name, layout.source)
     first, rank = _split(trace(block, spec, False), layout, shape, packs, name, twins)

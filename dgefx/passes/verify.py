@@ -161,15 +161,21 @@ def patch_constant_stream(
 
 
 def random_levels(block: DGEBlock, images: int, generator: torch.Generator) -> Tensor:
-    """(B, R) random granularities for a block; the last region is fine, the first one is not."""
+    """(B, R) random granularities for a block; in even images the first region is as coarse as can
+    be, in odd ones the last region is fine, beside what is as coarse as its neighbours allow."""
     router = block.dge_router
     space = router.space(router.grid)
     regions = region_count(space, router.config.region_side)
     levels = torch.randint(0, router.config.levels, (images, regions), generator=generator)
-    levels[:, 0], levels[:, -1] = router.config.levels - 1, 0
-    if router.config.routing_mode == "nested" and router.config.levels > 1:
-        return nested_levels(levels, space, router.config.granularities)
-    return levels
+    levels[::2, 0] = router.config.levels - 1
+    levels[1::2, -1] = 0
+    if router.config.routing_mode != "nested" or router.config.levels == 1:
+        return levels
+    sides = router.config.granularities
+    for side in sides[2:]:  # a coarse patch has its first region's level
+        first = level_tables(space, side, sides[1], levels.device).patch_region
+        levels[1::2, first[-1]] = min(1, regions - 1 - int(first[-1]))
+    return nested_levels(levels, space, sides)
 
 
 def verify_block(
@@ -219,7 +225,7 @@ def verify_block(
                     chance = WithoutChance(per_element=True)
                     _compare(converted, reference, probe, chance, seed, before, label)
         # train mode draws dropout per query: its mixed queries are checked for being finite only
-        if plan.train_code.source != plan.eval_code.source and not twin_passed:
+        if not plan.train_code.is_same(plan.eval_code) and not twin_passed:
             trained = copy_block(copied).train()
             converted = build_block(trained, plan, config, _grid_shape(plan))
             _verify_mixed(None, converted, plan, call, shape, config, generator)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dgefx
 from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
 from dgefx.passes.capture import Call, record_calls
 from dgefx.passes.rewrite import BlockPlan, plan_block
-from dgefx.passes.twins import is_same_code
-from tests.helpers import Attention, images, randomise
+from dgefx.passes.sizes import bound_rule
+from dgefx.passes.structure import is_same_code
+from tests.helpers import Attention, error, images, randomise
 
 DIM, SIDE = 16, 8
 
@@ -27,11 +32,18 @@ def planned(model: nn.Module, side: int = 32) -> tuple[dict[str, BlockPlan], dic
 
 
 def alone(model: nn.Module, plan: BlockPlan, call: Call) -> BlockPlan:
+    """The block planned as if there were no other one, and no other mode."""
     stream = next(v for v in (*call[0], *call[1].values()) if isinstance(v, Tensor))
-    return plan_block(
-        model.get_submodule(plan.name), plan.name, call, plan.layout, tuple(stream.shape)
-    )
+    block, shape = model.get_submodule(plan.name), tuple(stream.shape)
+    with mock.patch("dgefx.passes.twins._ignores_mode", return_value=False):
+        own = plan_block(block, plan.name, call, plan.layout, shape)
+    return replace(own, windows=bound_rule(block, own, call, shape, DGEConfig()))
 
+
+FIELDS = (
+    "layout channels spec needs_grid_shape hook_source exact_at_any_level windows fixed_slots "
+    "tokens_apart stream_rank stencils"
+).split()
 
 #: a model, its side, how many of its blocks have their graph from another one
 MODELS = {
@@ -68,7 +80,7 @@ def test_shared_plans_are_those_of_each_block_alone(name: str) -> None:
     torch.manual_seed(0)
     model = randomise(make())
     plans, calls = planned(model, side)
-    assert sum(plan.twin is not None for plan in plans.values()) == shared
+    assert sum(bool(plan.twin) for plan in plans.values()) == shared
     for plan in plans.values():
         own = alone(model, plan, calls[plan.name])
         for code, wanted in ((plan.eval_code, own.eval_code), (plan.train_code, own.train_code)):
@@ -77,7 +89,7 @@ def test_shared_plans_are_those_of_each_block_alone(name: str) -> None:
             assert code.label == wanted.label
         assert plan.constants.keys() == own.constants.keys()
         assert all(torch.equal(plan.constants[k], own.constants[k]) for k in own.constants)
-        for field in ("channels", "spec", "tokens_apart", "exact_at_any_level", "stencils"):
+        for field in FIELDS:
             assert getattr(plan, field) == getattr(own, field), field
 
 
@@ -135,7 +147,7 @@ def test_only_what_scales_may_differ(
     torch.manual_seed(0)
     model = Model(one(), other())
     plans, calls = planned(model)
-    assert [plan.twin for plan in plans.values()] == [None, "blocks.0" if shared else None]
+    assert [plan.twin for plan in plans.values()] == ["", "blocks.0" if shared else ""]
     second = plans["blocks.1"]
     assert second.eval_code.source == alone(model, second, calls["blocks.1"]).eval_code.source
 
@@ -147,22 +159,202 @@ def test_a_block_that_its_twin_hides_something_of_is_planned_alone() -> None:
     torch.manual_seed(0)
     model = Model(Block(kernel=centre), Block(kernel=torch.randn(3, 3))).eval()
     plans, _calls = planned(model)
-    assert plans["blocks.1"].twin is None
+    assert plans["blocks.1"].twin == ""
     assert plans["blocks.0"].stencils != plans["blocks.1"].stencils == {3}
 
 
-class Shifted(nn.Module):
-    """Its tokens are shifted, unless one window holds them all."""
+class Around(nn.Module):
+    """A block whose update is the attention's, with something done to it."""
 
-    def __init__(self, shift: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.shift = shift
+        self.norm, self.attn = nn.LayerNorm(DIM), Attention(DIM, 2)
+        self.mlp = nn.Linear(DIM, DIM)
+
+    def change(self, y: Tensor) -> Tensor:
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.change(self.attn(self.norm(x)))
+        return x + self.mlp(x)
 
 
-def test_code_is_the_same_only_with_the_same_settings() -> None:
-    assert is_same_code(Shifted(1), Shifted(1))
-    assert not is_same_code(Shifted(1), Shifted(0))
+class Hides(Around):
+    """A stencil, so that no identity holds below the finest level, beside a convolution over the
+    tokens that mixes them or not."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        super().__init__()
+        self.plane = nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM)
+        self.line = nn.Conv1d(DIM, DIM, 3, padding=1, groups=DIM, bias=False)
+        self.line.weight.data.copy_(kernel.expand(DIM, 1, 3))
+
+    def change(self, y: Tensor) -> Tensor:
+        y = self.line(y.transpose(1, 2)).unflatten(2, (SIDE, SIDE))
+        return self.plane(y).flatten(2).transpose(1, 2)
+
+
+def test_a_kernel_that_hides_mixing_is_part_of_the_structure() -> None:
+    torch.manual_seed(0)
+    model = Model(Hides(torch.tensor([0.0, 1.0, 0.0])), Hides(torch.randn(3)))
+    plans, calls = planned(model)
+    second = plans["blocks.1"]
+    assert second.twin == ""
+    assert second.eval_code.source == alone(model, second, calls["blocks.1"]).eval_code.source
+
+
+class Gated(Around):
+    """What follows a zero gate is nothing, whatever it does in train mode."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.gate, self.mix = nn.Parameter(torch.full((1,), gate)), MixesInTraining()
+
+    def change(self, y: Tensor) -> Tensor:
+        return self.mix(self.gate * y)
+
+
+class MixesInTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError("cannot be traced: it stays a call")
+        return x - x.mean(1, keepdim=True) if self.training else x * 1.0
+
+
+def test_zeros_do_not_hide_what_train_mode_does() -> None:
+    codes = []
+    for gate in (0.0, 0.7):
+        torch.manual_seed(0)
+        plans, _calls = planned(Model(Gated(gate)))
+        codes.append(plans["blocks.0"].train_code.source)
+        assert codes[-1] != plans["blocks.0"].eval_code.source
+    assert codes[0] == codes[1]
+
+
+class Told(Around):
+    """What is done in train mode is an argument."""
+
+    def forward(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        y = self.attn(self.norm(x))
+        x = x + (act(y) if self.training else y)
+        return x + self.mlp(x)
+
+
+class TellingModel(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        for block, act in zip(self.blocks, (torch.tanh, F.relu), strict=True):
+            tokens = block(tokens, act)
+        return tokens
+
+
+class Tied(Around):
+    """Two layers, which are one in some blocks."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.b.load_state_dict(self.a.state_dict())
+        self.c = self.a if tied else self.b
+
+    def change(self, y: Tensor) -> Tensor:
+        return self.a(y) + self.c(F.gelu(y)) + 0 * self.b(y)
+
+
+def test_arguments_that_are_no_tensors_are_part_of_the_structure() -> None:
+    torch.manual_seed(0)
+    model = TellingModel(Told(), Told())
+    x = images(2, 32)
+    converted = dgefx.convert(model, gamma=1.0, example_inputs=(x,))
+    with torch.no_grad():
+        assert error(converted.train()(x), model.train()(x)) < 1e-5
+
+
+def test_tied_layers_are_part_of_the_structure() -> None:
+    torch.manual_seed(0)
+    model = Model(Tied(True), Tied(False)).eval()
+    x = images(2, 32)
+    converted = dgefx.convert(model, gamma=1.0, example_inputs=(x,))
+    with torch.no_grad():
+        for changed in (model, converted):
+            changed.get_parameter("blocks.1.b.weight").copy_(torch.eye(DIM))
+        assert error(converted(x), model(x)) < 1e-5
+
+
+class Windowed(Around):
+    """Windows of 4 x 4 tokens, shifted while they are many but not more than `least`."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, h, w, _ = x.shape
+        shift = 2 if min(h, w) > 6 and max(h, w) / 4 < self.least else 0
+        y = torch.roll(self.norm(x), (-shift, -shift), (1, 2)) if shift else self.norm(x)
+        y = F.pad(y, (0, 0, 0, -w % 4, 0, -h % 4))
+        rows, columns = y.shape[1] // 4, y.shape[2] // 4
+        y = y.unflatten(2, (columns, 4)).unflatten(1, (rows, 4)).transpose(2, 3)
+        y = self.attn(y.reshape(-1, 16, DIM)).reshape(-1, rows, columns, 4, 4, DIM)
+        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]
+        x = x + (torch.roll(y, (shift, shift), (1, 2)) if shift else y)
+        return x + self.mlp(x)
+
+
+class WindowedModel(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.blocks(self.embed(x).permute(0, 2, 3, 1))
+        return tokens
+
+
+@pytest.mark.parametrize("limits", [(100.0, 2.4), (2.4, 100.0)])
+def test_blocks_that_branch_at_other_sizes_keep_their_own_rule(limits: tuple[float, ...]) -> None:
+    torch.manual_seed(0)
+    model = WindowedModel(*map(Windowed, limits)).eval()
+    plans, calls = planned(model)
+    for plan in plans.values():
+        assert plan.windows == alone(model, plan, calls[plan.name]).windows
+    assert plans["blocks.0"].windows != plans["blocks.1"].windows
+
+
+@dataclass(frozen=True)
+class Settings:
+    table: Tensor
+
+
+def test_settings_that_cannot_be_compared_do_no_harm() -> None:
+    class Block(Windowed):
+        def __init__(self) -> None:
+            super().__init__(100.0)
+            self.settings = Settings(torch.arange(3))
+
+    torch.manual_seed(0)
+    plans, _calls = planned(WindowedModel(Block(), Block()))
+    assert len(plans) == 2
+
+
+class Setting(nn.Module):
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+        self.register_buffer("table", torch.tensor([1.0 if value is None else 0.0]))
+
+
+@pytest.mark.parametrize("value", [1, 1.0, True, 0.5, "1", None, (1, 2), [1, 2], {"a": 1}, print])
+def test_code_is_the_same_only_with_the_same_settings(value: object) -> None:
+    assert is_same_code(Setting(value), Setting(value))
+    for other in (0, 2.0, False, 0.25, "2", (1, 3), [1], {"a": 2}, {"b": 1}, len, 1, 1.0, True):
+        if type(other) is not type(value) or other != value:
+            assert not is_same_code(Setting(value), Setting(other)), other
+
+
+def test_code_is_not_the_same_with_other_shapes_buffers_hooks_or_ties() -> None:
     assert not is_same_code(nn.Linear(2, 3), nn.Linear(3, 2))
+    other = Setting(1)
+    other.table += 1
+    assert not is_same_code(Setting(1), other)
     hooked = nn.Linear(2, 3)
     hooked.register_forward_hook(lambda *_: None)
     assert not is_same_code(hooked, nn.Linear(2, 3))
+    one = nn.Linear(2, 2)
+    assert not is_same_code(nn.Sequential(one, one), nn.Sequential(one, nn.Linear(2, 2)))
