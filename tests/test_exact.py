@@ -10,10 +10,10 @@ import timm
 import torch
 import torchvision
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import dgefx
-from tests.helpers import TinyViT, error, images, randomise
+from tests.helpers import Attention, TinyViT, error, images, randomise
 
 #: depth or stage depths that keep CI short; the slow test takes the models whole
 TIMM_SHORT: dict[str, dict[str, Any]] = {
@@ -190,6 +190,22 @@ def test_rounding_that_the_model_amplifies_is_no_difference() -> None:
     with torch.no_grad():
         assert error(converted(x), model(x)) > 1e-5
         assert error(converted.double()(x.double()), model.double()(x.double())) < 1e-10
+
+
+@pytest.mark.parametrize("spelling", ["list", "tuple", "operands"])
+def test_attention_in_einsum(spelling: str) -> None:
+    class InEinsum(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            def einsum(equation: str, *operands: Tensor) -> Tensor:
+                if spelling == "operands":
+                    return torch.einsum(equation, *operands)
+                return torch.einsum(equation, list(operands) if spelling == "list" else operands)
+
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+            scores = einsum("bqhc,bkhc->bhqk", q, k) * q.shape[-1] ** -0.5
+            return self.proj(einsum("bhqk,bkhc->bqhc", scores.softmax(-1), v).flatten(2))
+
+    check_exact(TinyViT(make=lambda dim: InEinsum(dim, 2)), [], example_inputs=images(2, 32))
 
 
 def test_scores_whose_keys_are_cut_into_rows_and_columns() -> None:
