@@ -27,7 +27,7 @@ from dgefx.passes.locate import Site, locate
 from dgefx.passes.outline import Outline, outline
 from dgefx.passes.refusals import KINDS, Reason, advice_lines
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
-from dgefx.passes.sizes import bound_rule
+from dgefx.passes.sizes import bound
 from dgefx.passes.structure import is_same_code
 from dgefx.passes.trace import TraceError
 from dgefx.passes.twins import Twins
@@ -346,9 +346,9 @@ def _plan_site(
         plan = plan_block(block, site.name, call, site.layout, shape, config.packs)
         verify_block(block, plan, call, shape, config)
     twin = plans.get(plan.twin)
-    if twin and plan.windows and is_same_code(work.get_submodule(twin.name), block):
-        return dataclasses.replace(plan, windows=twin.windows)
-    return dataclasses.replace(plan, windows=bound_rule(block, plan, call, shape, config))
+    if twin and is_same_code(work.get_submodule(twin.name), block):
+        return dataclasses.replace(plan, windows=twin.windows, only_here=twin.only_here)
+    return bound(block, plan, call, shape, config)
 
 
 def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:

@@ -185,3 +185,43 @@ def test_guards_against_overflow_are_none() -> None:
         return update
 
     assert error_of_fine_tokens(model(around=clamped))[0] < 1e-5
+
+
+class FollowsSize(Block):
+    """Something in its forward follows the size, as Python sees it."""
+
+    def __init__(self, change: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(y) * self.change(x)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "anywhere"),
+    [
+        (lambda x: 2.0 if x.shape[1] < SIDE * SIDE else 1.0, False),
+        (lambda x: 2.0 if x.shape[1] > SIDE * SIDE else 1.0, False),
+        (lambda x: float(int(x.shape[1]) ** 0.5), False),
+        (lambda x: x.shape[1] / 8, True),
+        (lambda x: 2.0, True),
+    ],
+)
+def test_blocks_that_follow_the_size_do_not_run_at_others(
+    change: Callable[[Tensor], float], anywhere: bool
+) -> None:
+    torch.manual_seed(0)
+    dense = Model(FollowsSize(change)).eval()
+    converted = dgefx.convert(dense, gamma=1.0, example_inputs=(X,))
+    for side in (4 * SIDE, 2 * SIDE, (4 * SIDE, 8 * SIDE)):
+        x = images(2, side)
+        with torch.no_grad():
+            if anywhere or side == 4 * SIDE:
+                assert error(converted(x), dense(x)) < 1e-5
+            else:
+                with pytest.raises(ValueError, match=r"converted for 8 x 8.*other sizes"):
+                    converted(x)

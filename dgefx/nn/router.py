@@ -51,6 +51,7 @@ class Router(RouterRoutings):
         fixed_slots: whether its windows need a slot for every patch, see `dgefx.kernels.window`.
         stencils: kernel sizes of the block's depthwise convolutions.
         places: order of the stream's tokens, see `TokenOrder`; None: raster order.
+        only_here: whether the block takes no other grid.
 
     Attributes:
         token_order: None for streams in raster order.
@@ -77,10 +78,12 @@ class Router(RouterRoutings):
         fixed_slots: bool = False,
         stencils: frozenset[int] = frozenset(),
         places: tuple[int, ...] | None = None,
+        only_here: bool = False,
     ) -> None:
         super().__init__(config, grid, prefix, windows, stencils, fixed_slots)
         self.channels = channels
         self.order = order
+        self.only_here = only_here
         self.token_order = None if places is None else TokenOrder(places, grid, prefix)
         self.plan = plan
         self.importance: Tensor | None
@@ -285,6 +288,7 @@ class Router(RouterRoutings):
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Routing:
         plan = self.plan
         if grid != self.grid:
+            self._require_any_grid(grid)
             plan = rescale(plan, self.space(self.grid), self.space(grid), self.config)
         scores = self.scores(tokens, grid)
         if self.gate is not None and scores.logits is not None:
@@ -296,6 +300,15 @@ class Router(RouterRoutings):
             levels = self._allocate(self.gains(scores, grid), scores.tables, plan, grid)
         total = tokens.shape[0] * (self.prefix + plan.slots)
         return self._routing(tokens, grid, scores, levels, plan, total)
+
+    def _require_any_grid(self, grid: tuple[int, int]) -> None:
+        if self.only_here:
+            raise ValueError(
+                f"a converted block got a grid of {grid[0]} x {grid[1]} tokens; it was converted "
+                f"for {self.grid[0]} x {self.grid[1]}, and the dense block does something else on "
+                f"other sizes (a branch or a number in its forward follows the size). convert() "
+                f"the model at this image size"
+            )
 
     def _ask(self, tokens: Tensor, grid: tuple[int, int], scores: Scores, plan: Plan) -> Routing:
         """Every region at its gate's arg max (paper, section 3.2), within the capacity.

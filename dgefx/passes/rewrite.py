@@ -44,6 +44,7 @@ class BlockPlan:
     exact_at_any_level: bool  # on patch-constant input: no positional tables, stencils, islands
     windows: WindowRule | None  # how its attention partitions the grid
     fixed_slots: bool  # see `dgefx.kernels.window`
+    only_here: bool = False  # on another grid it is not what its dense block is
     tokens_apart: bool = False  # nothing but attention mixes its tokens
     stream_rank: int = 0  # of its arguments of the stream's shape, which one is the stream
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
@@ -217,6 +218,7 @@ def build_block(
         plan.fixed_slots,
         plan.stencils,
         layout.places,
+        plan.only_here,
     )
     router.train(dense.training)
     parameter = next(dense.parameters(), None)

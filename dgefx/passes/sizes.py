@@ -1,13 +1,14 @@
-"""Pass 6b, sizes: on which other grids a block with windows is what its dense block is.
+"""Pass 6b, sizes: on which other grids a block is what its dense block is.
 
 A trace takes the branches of the converted size, and a block may decide by the size whether it
-shifts its windows or how large they are. So the converted block, at its finest, is compared with
-the dense one on smaller and larger grids; its rule is bound to those on which they agree.
+shifts its windows, how large they are, or anything else. So the converted block, at its finest, is
+compared with the dense one on smaller and larger grids; it is bound to those on which they agree.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.config import DGEConfig
+from dgefx.kernels.layout import has_parts
 from dgefx.nn.block import GridShape
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.rewrite import BlockPlan, build_block
 from dgefx.passes.trace import copy_block
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, stream_leaf
+
+#: attention of twice as many is still quick, and small where it is written out
+_FEW_TOKENS = 1024
 
 
 def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int, int]) -> Call:
@@ -63,26 +68,45 @@ def _agrees(
     return relative_error(*pairs) <= TOLERANCE
 
 
-def bound_rule(
+def bound(
     dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
-) -> WindowRule | None:
-    """The plan's rule, bound to the sizes on which it holds.
+) -> BlockPlan:
+    """The plan, bound to the sizes on which it holds.
 
     Args:
         dense: not changed. call, shape: of its example run.
     """
-    rule = plan.windows
-    if rule is None or rule.size is None or rule.fixed is not None:
-        return rule
-    tall, wide = rule.size
 
     def agrees(*grid: int) -> bool | None:
         place = (grid[0], grid[1])
         return _agrees(dense, plan, call_at(call, plan, shape, place), config, place)
 
+    rule = plan.windows
+    if rule is not None:
+        return dataclasses.replace(plan, windows=_bound_rule(rule, plan.layout.grid, agrees))
+    if plan.layout.places is not None or has_parts(plan.layout.order):
+        return plan
+    found = [agrees(*grid) for grid in _other_grids(plan.layout.grid)]
+    return dataclasses.replace(plan, only_here=False in found)
+
+
+def _other_grids(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Smaller ones, one of them of the same form, and where that is not too much a larger one."""
+    height, width = grid
+    smaller = [(height, width // 2), (height // 2, width // 2)]
+    larger = [(height, 2 * width)] if height * width <= _FEW_TOKENS else []
+    return [found for found in smaller + larger if min(found) > 1]
+
+
+def _bound_rule(
+    rule: WindowRule, grid: tuple[int, int], agrees: Callable[..., bool | None]
+) -> WindowRule:
+    if rule.size is None or rule.fixed is not None:
+        return rule
+    tall, wide = rule.size
     larger = [agrees(2 * tall, 3 * wide), agrees(2 * tall + 1, 3 * wide - 1)]
     if True not in larger or False in larger:
-        rows, columns = rule.maps(plan.layout.grid)
+        rows, columns = rule.maps(grid)
         return WindowRule(rule.size, fixed=(rows, columns))
     least = [1, 1]
     if agrees(tall, 3 * wide) is False:

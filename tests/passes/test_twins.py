@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -17,7 +17,7 @@ from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
 from dgefx.passes.capture import Call, record_calls
 from dgefx.passes.rewrite import BlockPlan, plan_block
-from dgefx.passes.sizes import bound_rule
+from dgefx.passes.sizes import bound
 from dgefx.passes.structure import is_same_code
 from tests.helpers import Attention, error, images, randomise
 
@@ -37,12 +37,12 @@ def alone(model: nn.Module, plan: BlockPlan, call: Call) -> BlockPlan:
     block, shape = model.get_submodule(plan.name), tuple(stream.shape)
     with mock.patch("dgefx.passes.twins._ignores_mode", return_value=False):
         own = plan_block(block, plan.name, call, plan.layout, shape)
-    return replace(own, windows=bound_rule(block, own, call, shape, DGEConfig()))
+    return bound(block, own, call, shape, DGEConfig())
 
 
 FIELDS = (
     "layout channels spec needs_grid_shape hook_source exact_at_any_level windows fixed_slots "
-    "tokens_apart stream_rank stencils"
+    "tokens_apart stream_rank stencils only_here"
 ).split()
 
 #: a model, its side, how many of its blocks have their graph from another one
