@@ -254,7 +254,7 @@ def analyse(
         plans = _plan_sites(work, sites, calls, config, must_convert)
         costs = _price(work, plans, calls, config.bounded())
         del calls
-        _drop_without_gain(sites, plans, costs, must_convert)
+        _drop_without_gain(work, sites, plans, costs, must_convert)
         _keep_sources_outside(plans)
         silent = _install_and_verify(work, plans, call, output, config.bounded())
     for name in silent:
@@ -312,11 +312,8 @@ def _plan_sites(
             continue
         plans[site.name] = plan
     for site in sites:
-        kind = _quantised(work.get_submodule(site.name)) if site.name in calls else None
-        if kind is not None and site.reason is not None:
-            site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(kind)}", "quantised"))
-            if must_convert:
-                raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
+        if site.name in calls and site.reason is not None:
+            _tell_quantised(work, site, must_convert)
     _require_plans(sites, plans, must_convert)
     return plans
 
@@ -361,6 +358,7 @@ def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert:
 
 
 def _drop_without_gain(
+    work: nn.Module,
     sites: list[Site],
     plans: dict[str, BlockPlan],
     costs: dict[str, BlockCost],
@@ -374,14 +372,19 @@ def _drop_without_gain(
         share = cost.macs(cost.plans[0]) / max(cost.dense, 1)
         costs_more = f"nothing to save: even at its coarsest it costs {share:.2f} of the dense one"
         site.refuse(Reason(costs_more, "nothing to save"))
+        _tell_quantised(work, site, must_convert)
         del plans[site.name], costs[site.name]
     _require_plans(sites, plans, must_convert)
 
 
-def _quantised(block: nn.Module) -> str | None:
-    """The type of a block's weights, where that is not torch's own."""
+def _tell_quantised(work: nn.Module, site: Site, must_convert: bool) -> None:
+    """Where a refused block's weights are of a type that is not torch's own, that is why."""
+    block = work.get_submodule(site.name)
     types = {type(parameter.data) for parameter in block.parameters()} - {Tensor}
-    return next((kind.__name__ for kind in types), None)
+    for kind in types:
+        site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(kind.__name__)}", "quantised"))
+        if must_convert:
+            raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
 
 
 def _price(

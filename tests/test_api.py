@@ -381,7 +381,7 @@ def test_a_block_that_fails_verification_stays_dense(dense: nn.Module) -> None:
     report = dgefx.explain(dense, 0.9, example_inputs=X)
     assert report.blocks[0].status == "converted"
     assert report.blocks[1].status == "dense"
-    assert report.blocks[1].reason.startswith("verification: fine tokens")
+    assert report.blocks[1].reason.startswith("verification: mixed granularities")
 
 
 def test_a_model_that_changes_from_call_to_call_is_refused(dense: nn.Module) -> None:
