@@ -28,7 +28,6 @@ from dgefx.passes.outline import Outline, outline
 from dgefx.passes.refusals import KINDS, Reason, advice_lines
 from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
 from dgefx.passes.sizes import bound
-from dgefx.passes.structure import is_same_code
 from dgefx.passes.trace import TraceError
 from dgefx.passes.twins import Twins
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
@@ -342,9 +341,9 @@ def _plan_site(
             raise
         plan = plan_block(block, site.name, call, site.layout, shape, config.packs)
         verify_block(block, plan, call, shape, config)
-    twin = plans.get(plan.twin)
-    if twin and is_same_code(work.get_submodule(twin.name), block):
-        return dataclasses.replace(plan, windows=twin.windows, only_here=twin.only_here)
+    first = plans.get(plan.copy_of)
+    if first is not None:
+        return dataclasses.replace(plan, windows=first.windows, only_here=first.only_here)
     return bound(block, plan, call, shape, config)
 
 
@@ -381,8 +380,9 @@ def _tell_quantised(work: nn.Module, site: Site, must_convert: bool) -> None:
     """Where a refused block's weights are of a type that is not torch's own, that is why."""
     block = work.get_submodule(site.name)
     types = {type(parameter.data) for parameter in block.parameters()} - {Tensor}
-    for kind in types:
-        site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(kind.__name__)}", "quantised"))
+    if types:
+        names = " and ".join(sorted(kind.__name__ for kind in types))
+        site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(names)}", "quantised"))
         if must_convert:
             raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
 

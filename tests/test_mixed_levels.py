@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgefx
+from dgefx.analysis import analyse
+from dgefx.config import DGEConfig
 from dgefx.passes.verify import random_levels
 from tests.helpers import error, images
 
@@ -207,6 +209,7 @@ class FollowsSize(Block):
         (lambda x: 2.0 if x.shape[1] < SIDE * SIDE else 1.0, False),
         (lambda x: 2.0 if x.shape[1] > SIDE * SIDE else 1.0, False),
         (lambda x: float(int(x.shape[1]) ** 0.5), False),
+        (lambda x: round(x.shape[1] ** -0.25, 1), False),
         (lambda x: x.shape[1] / 8, True),
         (lambda x: 2.0, True),
     ],
@@ -225,3 +228,71 @@ def test_blocks_that_follow_the_size_do_not_run_at_others(
             else:
                 with pytest.raises(ValueError, match=r"converted for 8 x 8.*other sizes"):
                     converted(x)
+
+
+class Limited(FollowsSize):
+    """Up to which size is an argument; how much it matters a parameter."""
+
+    def __init__(self, limit: float, scale: float) -> None:
+        super().__init__(lambda x: 1.0)
+        self.limit, self.gamma = limit, nn.Parameter(torch.full((DIM,), scale))
+
+    def forward(self, x: Tensor, limit: float) -> Tensor:
+        y = super().forward(x) - x
+        return x + self.gamma * y * (2.0 if x.shape[1] < limit else 1.0)
+
+
+class TwoLimits(nn.Module):
+    def __init__(self, *blocks: Limited) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Conv2d(3, DIM, 4, 4), nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, block.limit)
+        return x
+
+
+@pytest.mark.parametrize("limits", [(1.5, 40.5), (40.5, 1.5), (40.5, 40.5)])
+@pytest.mark.parametrize("scales", [(1e-6, 1.0), (1.0, 1e-6)])
+def test_every_block_that_follows_the_size_is_found(
+    limits: tuple[float, float], scales: tuple[float, float]
+) -> None:
+    torch.manual_seed(0)
+    dense = TwoLimits(*map(Limited, limits, scales)).eval()
+    analysis = analyse(dense, (X,), DGEConfig(), None)
+    found = [plan.only_here for plan in analysis.plans.values()]
+    assert found == [limit > 2 for limit in limits]
+
+
+class ToldByAttributes(FollowsSize):
+    """The model sets its sizes; on others it yields nonsense without complaint."""
+
+    H, W = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, c = x.shape
+        plane = self.norm(x).transpose(1, 2).reshape(-1, c, self.H, self.W)
+        pooled = F.avg_pool2d(plane, 2).flatten(2).transpose(1, 2).reshape(b, -1, c)
+        q, kv = self.qkv(self.norm(x))[..., :DIM], self.qkv(pooled)[..., DIM:]
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.proj(y)
+
+
+class Telling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block = nn.Conv2d(3, DIM, 4, 4), ToldByAttributes(lambda x: 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        self.block.H, self.block.W = x.shape[-2:]
+        return self.block(x.flatten(2).transpose(1, 2))
+
+
+def test_blocks_that_are_told_their_size_by_attributes_are_not_bound() -> None:
+    torch.manual_seed(0)
+    analysis = analyse(Telling().eval(), (X,), DGEConfig(), None)
+    assert [plan.only_here for plan in analysis.plans.values()] == [False]

@@ -20,27 +20,33 @@ from dgefx.kernels.layout import has_parts
 from dgefx.nn.block import GridShape
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
+from dgefx.passes.forms import randomise_constants
 from dgefx.passes.rewrite import BlockPlan, build_block
 from dgefx.passes.trace import copy_block
-from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, stream_leaf
+from dgefx.passes.verify import is_close, output_tensors, stream_leaf
 
-#: attention of twice as many is still quick, and small where it is written out
-_FEW_TOKENS = 1024
+#: tokens of all images whose attention is quick, and its scores, written out, are small
+_MANY = 2048
+#: what stands for the two in the names of attributes
+_HEIGHT_AND_WIDTH = (("H", "W"), ("h", "w"), ("height", "width"), ("rows", "columns"))
 
 
-def call_at(call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int, int]) -> Call:
-    """The block's call with a random stream, and its sizes, of another grid."""
+def call_at(
+    call: Call, plan: BlockPlan, shape: tuple[int, ...], grid: tuple[int, int]
+) -> tuple[Call, Tensor]:
+    """The block's call with a random stream, and its sizes, of another grid; and the stream."""
     size = plan.layout.shape_at(shape, grid)
     leaves, spec = pytree.tree_flatten(call)
     generator = torch.Generator().manual_seed(4)
     place = stream_leaf(leaves, plan, shape)
-    leaves[place] = torch.randn(size, generator=generator).to(leaves[place])
+    stream = torch.randn(size, generator=generator).to(leaves[place])
+    leaves[place] = stream
     for index in range(len(leaves)):
         pair = leaves[index - 1 : index + 1]
         if all(isinstance(size, int) for size in pair) and tuple(pair) == plan.layout.grid:
             leaves[index - 1], leaves[index] = grid
     moved: Call = pytree.tree_unflatten(leaves, spec)
-    return moved
+    return moved, stream
 
 
 def _copied(arguments: Any) -> Any:
@@ -48,12 +54,19 @@ def _copied(arguments: Any) -> Any:
 
 
 def _agrees(
-    dense: nn.Module, plan: BlockPlan, call: Call, config: DGEConfig, grid: tuple[int, int]
+    dense: nn.Module,
+    plan: BlockPlan,
+    call: Call,
+    stream: Tensor,
+    config: DGEConfig,
+    grid: tuple[int, int],
 ) -> bool | None:
     """Whether both blocks yield the same; None where the dense one does not take the grid."""
     args, kwargs = call
     # copies: a block may note down the size that it saw, and write its update into its input
-    reference, other = copy_block(dense).eval(), copy_block(dense).eval()
+    reference = copy_block(dense).eval()
+    randomise_constants(reference)
+    other = copy_block(reference)
     with torch.no_grad():
         try:
             wanted = reference(*_copied(args), **_copied(kwargs))
@@ -61,11 +74,27 @@ def _agrees(
             return None
         shape = GridShape(grid) if plan.needs_grid_shape else None
         try:
-            found = build_block(other, plan, config, shape)(*args, **kwargs)
+            found = build_block(other, plan, config, shape)(*_copied(args), **_copied(kwargs))
+        except torch.OutOfMemoryError:
+            return None
         except Exception:  # fails here, so it does not agree
             return False
-    pairs = output_tensors(found)[:1], output_tensors(wanted)[:1]
-    return relative_error(*pairs) <= TOLERANCE
+    before = torch.zeros_like(stream) if plan.layout.update else stream
+    return is_close(output_tensors(found)[0], output_tensors(wanted)[0], before)
+
+
+def _is_told_by_attributes(block: nn.Module, grid: tuple[int, int]) -> bool:
+    """Whether the model may set the sizes as attributes, as `block.H, block.W = H, W`: the block
+    alone computes with those of the last image, on any grid."""
+    for module in block.modules():
+        own = {name: v for name, v in vars(module).items() if type(v) in (int, tuple, list)}
+        for name, value in own.items():
+            if value in (grid, list(grid)):
+                return True
+            beside = {name.replace(a, b) for a, b in _HEIGHT_AND_WIDTH if a in name}
+            if value == grid[0] and any(own.get(other) == grid[1] for other in beside):
+                return True
+    return False
 
 
 def bound(
@@ -79,35 +108,46 @@ def bound(
 
     def agrees(*grid: int) -> bool | None:
         place = (grid[0], grid[1])
-        return _agrees(dense, plan, call_at(call, plan, shape, place), config, place)
+        return _agrees(dense, plan, *call_at(call, plan, shape, place), config, place)
 
-    rule = plan.windows
+    rule, images = plan.windows, plan.layout.images(shape)
     if rule is not None:
-        return dataclasses.replace(plan, windows=_bound_rule(rule, plan.layout.grid, agrees))
-    if plan.layout.places is not None or has_parts(plan.layout.order):
+        others = _other_grids(plan.layout.grid, images)
+        rule = _bound_rule(rule, plan.layout.grid, others, agrees)
+        return dataclasses.replace(plan, windows=rule)
+    unknown = plan.layout.places is not None or has_parts(plan.layout.order)
+    if unknown or _is_told_by_attributes(dense, plan.layout.grid):
         return plan
-    found = [agrees(*grid) for grid in _other_grids(plan.layout.grid)]
+    found = [agrees(*grid) for grid in _other_grids(plan.layout.grid, images)]
     return dataclasses.replace(plan, only_here=False in found)
 
 
-def _other_grids(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Smaller ones, one of them of the same form, and where that is not too much a larger one."""
+def _other_grids(grid: tuple[int, int], images: int) -> list[tuple[int, int]]:
+    """Half the width, half of both sides and, where that is not too much, twice both sides."""
     height, width = grid
-    smaller = [(height, width // 2), (height // 2, width // 2)]
-    larger = [(height, 2 * width)] if height * width <= _FEW_TOKENS else []
-    return [found for found in smaller + larger if min(found) > 1]
+    found = [(height, width // 2), (height // 2, width // 2), (2 * height, 2 * width)]
+    most = max(_MANY // images, height * width)
+    return [(h, w) for h, w in found if min(h, w) > 1 and h * w <= most]
 
 
 def _bound_rule(
-    rule: WindowRule, grid: tuple[int, int], agrees: Callable[..., bool | None]
+    rule: WindowRule,
+    grid: tuple[int, int],
+    others: list[tuple[int, int]],
+    agrees: Callable[..., bool | None],
 ) -> WindowRule:
+    """others: grids to ask about besides those of a few windows."""
     if rule.size is None or rule.fixed is not None:
         return rule
     tall, wide = rule.size
-    larger = [agrees(2 * tall, 3 * wide), agrees(2 * tall + 1, 3 * wide - 1)]
-    if True not in larger or False in larger:
+
+    def fixed() -> WindowRule:
         rows, columns = rule.maps(grid)
         return WindowRule(rule.size, fixed=(rows, columns))
+
+    larger = [agrees(2 * tall, 3 * wide), agrees(2 * tall + 1, 3 * wide - 1)]
+    if True not in larger or False in larger:
+        return fixed()
     least = [1, 1]
     if agrees(tall, 3 * wide) is False:
         least[0] = tall + 1
@@ -115,4 +155,7 @@ def _bound_rule(
         least[1] = wide + 1
     if least == [1, 1] and agrees(tall, wide) is False:
         least = [tall + 1, wide + 1]
+    allowed = [(h, w) for h, w in others if h >= least[0] and w >= least[1]]
+    if any(agrees(*other) is False for other in allowed):
+        return fixed()
     return dataclasses.replace(rule, least=(least[0], least[1]))

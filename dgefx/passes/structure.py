@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
-import math
 from collections.abc import Callable, Hashable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.grid import Layout
+from dgefx.passes.ops import op_name
 from dgefx.passes.trace import Trace
 
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -37,6 +36,8 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
+#: what floats among the arguments do not change the places of
+_SCALES = frozenset("mul truediv div add sub bernoulli bernoulli_ dropout".split())
 #: what of a tensor's elements does not add to the others, and of how many it has to be so that
 #: one cannot tell from a block what another one mixes (a kernel that passes its input on)
 _NEGLIGIBLE, _SPARSE = 1e-6, 1e-2
@@ -61,7 +62,7 @@ class _Same:
 
 def is_free(value: Any) -> bool:
     """Whether a number only scales: any other of its sign would do for the split."""
-    return isinstance(value, float) and value not in (0.0, 1.0, -1.0) and math.isfinite(value)
+    return isinstance(value, float) and 1e-6 < abs(value) < 1e6 and abs(value) != 1.0
 
 
 def _kind(value: Tensor) -> Hashable:
@@ -94,19 +95,24 @@ def _weights(value: Tensor) -> Hashable:
     return _kind(value), _digest(there)
 
 
-def _frozen(value: Any, numbers: Mapping[fx.Node, int] = MappingProxyType({})) -> Hashable:
-    """A value as something that can be compared, tensors by their elements, the free floats of
-    arguments (where nodes have `numbers`) by their sign."""
+def _frozen(
+    value: Any, numbers: Mapping[fx.Node, int] = MappingProxyType({}), scales: bool = False
+) -> Hashable:
+    """A value as something that can be compared, tensors by their elements.
+
+    Args:
+        numbers: of nodes. scales: whether its free floats are compared by their sign.
+    """
 
     def frozen(part: Any) -> Hashable:
-        return _frozen(part, numbers)
+        return _frozen(part, numbers, scales)
 
     if isinstance(value, fx.Node) and value in numbers:
         return "node", numbers[value]
     if isinstance(value, Tensor):
         return _content(value)
     if isinstance(value, float):
-        return float, ("+" if value > 0 else "-") if numbers and is_free(value) else repr(value)
+        return float, ("+" if value > 0 else "-") if scales and is_free(value) else repr(value)
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(frozen, value))
     if isinstance(value, dict):
@@ -141,13 +147,6 @@ def _module(module: nn.Module, buffers: Callable[[Tensor], Hashable]) -> Hashabl
                 if value is not None
             ]
     return tuple(found)
-
-
-def is_same_code(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules do the same with inputs of any size: they have the same classes,
-    settings, buffers and shapes. False where that cannot be told."""
-    keys = [_known(partial(_module, part, _content)) for part in (one, other)]
-    return keys[0] is not None and keys[0] == keys[1]
 
 
 def _known(make: Callable[[], Hashable]) -> Hashable | None:
@@ -201,7 +200,7 @@ def _value(node: fx.Node, trace: Trace, stream: fx.Node) -> Hashable:
     owner = getattr(value, "__self__", None)
     if isinstance(owner, Tensor):  # `x.reshape`, which comes with x
         return "method", str(getattr(value, "__name__", value))
-    return _frozen(value, {node: 0})  # its floats follow those of arguments
+    return _frozen(value)
 
 
 def structure(trace: Trace, stream: fx.Node, layout: Layout) -> Hashable | None:
@@ -218,7 +217,7 @@ def structure(trace: Trace, stream: fx.Node, layout: Layout) -> Hashable | None:
             called = node.op == "call_module"
             found += (
                 (node.op, node.target, node.name),
-                _frozen((node.args, node.kwargs), numbers),
+                _frozen((node.args, node.kwargs), numbers, op_name(node, trace.root) in _SCALES),
                 _value(node, trace, stream),
                 _module(trace.root.get_submodule(node.target), _weights) if called else None,
             )

@@ -75,6 +75,10 @@ class ConcolicProxy(fx.Proxy):
         self.tracer.refuse_data(self.node)
         return float(self._value)
 
+    def __round__(self, digits: int | None = None) -> Any:
+        self.tracer.refuse_data(self.node)
+        return round(self._value, digits)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Python takes every proxy for callable: `cond() if callable(cond) else cond` of a flag
         if isinstance(self._value, bool):
@@ -319,11 +323,14 @@ class ConcolicTracer(fx.Tracer):
         return bool(self.versions.value(obj.node))
 
     def refuse_data(self, node: fx.Node) -> None:
-        """Raise TraceError where Python is about to fix a number that follows the block's data."""
+        """Raise TraceError where Python is about to fix a number that follows the block's data, or
+        a parameter, which may be trained."""
         front, seen = [node], {node}
         while front:
             now = front.pop()
-            if now.op == "placeholder" and isinstance(self.values[now], Tensor):
+            value = self.values[now]
+            given = now.op == "placeholder" and isinstance(value, Tensor)
+            if given or (now.op == "get_attr" and isinstance(value, nn.Parameter)):
                 raise TraceError(f"a branch or number follows the value of {node.name}")
             name = op_name(now, self.root)
             if name in _GUARDS_OVERFLOW:

@@ -22,7 +22,7 @@ from dgefx.kernels.layout import from_tokens
 from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.capacity import region_count
-from dgefx.nn.hierarchy import Grid, level_tables, nested_levels
+from dgefx.nn.hierarchy import Grid, level_tables, nested_levels, parent_table
 from dgefx.nn.router import Router
 from dgefx.passes.capture import Call, tensors_in
 from dgefx.passes.chance import WithoutChance
@@ -110,16 +110,22 @@ def _stream(call: Call, plan: BlockPlan, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
+def is_close(found: Tensor, wanted: Tensor, stream: Tensor) -> bool:
+    """Whether two outputs of a block are equal up to rounding, by the update of its stream."""
+    if found.shape != wanted.shape:
+        return False
+    update = (wanted - stream).double().norm().item()
+    error = (found - wanted).double().norm().item()
+    return error <= TOLERANCE * update + _ROUNDING * stream.double().norm().item()
+
+
 def _require_equal(found: Tensor, wanted: Tensor, stream: Tensor, what: str) -> None:
     if not bool(torch.isfinite(wanted).all()):
         raise Refused("verification: the dense block yields NaN or infinity", "NaN or infinity")
-    update = (wanted - stream).double().norm().item()
-    error = (found - wanted).double().norm().item()
-    allowed = TOLERANCE * update + _ROUNDING * stream.double().norm().item()
-    if not error <= allowed:
+    if not is_close(found, wanted, stream):
+        error = relative_error(found - stream, wanted - stream)
         raise Refused(
-            f"verification: {what} differs from the dense block by "
-            f"{error / max(update, 1e-30):.1e} of its update",
+            f"verification: {what} differs from the dense block by {error:.1e} of its update",
             "verification failed",
         )
 
@@ -167,14 +173,20 @@ def random_levels(block: DGEBlock, images: int, generator: torch.Generator) -> T
     space = router.space(router.grid)
     regions = region_count(space, router.config.region_side)
     levels = torch.randint(0, router.config.levels, (images, regions), generator=generator)
-    levels[::2, 0] = router.config.levels - 1
-    levels[1::2, -1] = 0
+    sides = router.config.granularities
+    costs = router.tables(router.grid, levels.device)[0].region_cost
+    live = costs.nonzero().flatten()  # others lie in the padding of windows
+    first, last = int(live[0]), int(live[-1])
+    levels[::2, first] = router.config.levels - 1
+    levels[1::2, last] = 0
+    if first != last:
+        levels[1::2, first].clamp_(min=1)
     if router.config.routing_mode != "nested" or router.config.levels == 1:
         return levels
-    sides = router.config.granularities
     for side in sides[2:]:  # a coarse patch has its first region's level
-        first = level_tables(space, side, sides[1], levels.device).patch_region
-        levels[1::2, first[-1]] = min(1, regions - 1 - int(first[-1]))
+        parent = parent_table(space, sides[1], side, levels.device)[last]
+        head = int(level_tables(space, side, sides[1], levels.device).patch_region[parent])
+        levels[1::2, head] = min(1, last - head)
     return nested_levels(levels, space, sides)
 
 

@@ -18,7 +18,7 @@ from dgefx.config import DGEConfig
 from dgefx.passes.capture import Call, record_calls
 from dgefx.passes.rewrite import BlockPlan, plan_block
 from dgefx.passes.sizes import bound
-from dgefx.passes.structure import is_same_code
+from dgefx.passes.structure import _content, _module
 from tests.helpers import Attention, error, images, randomise
 
 DIM, SIDE = 16, 8
@@ -281,6 +281,41 @@ def test_tied_layers_are_part_of_the_structure() -> None:
         assert error(converted(x), model(x)) < 1e-5
 
 
+class Shrinks(Hides):
+    """A threshold decides whether anything passes to the convolution that mixes tokens."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__(torch.randn(3))
+        self.threshold = threshold
+
+    def change(self, y: Tensor) -> Tensor:
+        return super().change(F.hardshrink(y, self.threshold))
+
+
+def test_thresholds_are_part_of_the_structure() -> None:
+    torch.manual_seed(0)
+    model = Model(Shrinks(1e5), Shrinks(0.01))
+    plans, calls = planned(model)
+    second = plans["blocks.1"]
+    assert second.eval_code.source == alone(model, second, calls["blocks.1"]).eval_code.source
+
+
+class Flagged(Around):
+    """A parameter decides what is done in train mode."""
+
+    def __init__(self, flag: float) -> None:
+        super().__init__()
+        self.flag = nn.Parameter(torch.tensor(flag))
+
+    def change(self, y: Tensor) -> Tensor:
+        return y.tanh() if self.training and self.flag > 0 else y
+
+
+def test_branches_on_parameters_are_refused() -> None:
+    report = dgefx.explain(Model(Flagged(1.0), Flagged(-1.0)), example_inputs=(images(2, 32),))
+    assert all("follows the value" in block.reason for block in report.blocks)
+
+
 class Windowed(Around):
     """Windows of 4 x 4 tokens, shifted while they are many but not more than `least`."""
 
@@ -331,6 +366,13 @@ def test_settings_that_cannot_be_compared_do_no_harm() -> None:
     torch.manual_seed(0)
     plans, _calls = planned(WindowedModel(Block(), Block()))
     assert len(plans) == 2
+
+
+def is_same_code(one: nn.Module, other: nn.Module) -> bool:
+    try:
+        return _module(one, _content) == _module(other, _content)
+    except Exception:
+        return False
 
 
 class Setting(nn.Module):
