@@ -21,7 +21,7 @@ from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
-from dgefx.passes.capture import Call, capture, recording
+from dgefx.passes.capture import Call, capture, idle_modules, recording
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.outline import Outline, outline
@@ -248,9 +248,10 @@ def analyse(
             for site in sites:
                 if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
                     site.refuse(_FILTERED)
-        with recording(work, {s.name for s in sites if s.reason is None}) as calls:
+        names = {site.name for site in sites if site.reason is None}
+        with recording(work, names) as calls, idle_modules(work) as idle:
             macs_dense = count_macs(work, *call)
-        plans = _plan_sites(work, sites, calls, config, must_convert)
+        plans = _plan_sites(work, sites, calls, idle, config, must_convert)
         costs = _price(work, plans, calls, config.bounded())
         del calls
         _drop_without_gain(work, sites, plans, costs, must_convert)
@@ -285,13 +286,14 @@ def _plan_sites(
     work: nn.Module,
     sites: list[Site],
     calls: Mapping[str, Call],
+    idle: set[str],
     config: DGEConfig,
     must_convert: bool,
 ) -> dict[str, BlockPlan]:
     """Trace, split and verify every site that may convert; failures become reasons.
 
     Args:
-        calls: of these sites, by name.
+        calls: of these sites, by name. idle: modules of the model that do nothing in eval mode.
     """
     plans: dict[str, BlockPlan] = {}
     twins = Twins()
@@ -299,7 +301,7 @@ def _plan_sites(
         if site.reason is not None:
             continue
         try:
-            plan = _plan_site(work, site, calls[site.name], config, twins, plans)
+            plan = _plan_site(work, site, calls[site.name], idle, config, twins, plans)
         except Refused as error:
             site.refuse(Reason(str(error), error.kind))
             continue
@@ -321,6 +323,7 @@ def _plan_site(
     work: nn.Module,
     site: Site,
     call: Call,
+    idle: set[str],
     config: DGEConfig,
     twins: Twins,
     plans: Mapping[str, BlockPlan],
@@ -332,19 +335,24 @@ def _plan_site(
     """
     assert site.layout is not None and site.stream is not None
     block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
-    plan = plan_block(block, site.name, call, site.layout, shape, config.packs, twins)
+    inside = frozenset(n.removeprefix(f"{site.name}.") for n in idle if n.startswith(site.name))
+    given = (block, site.name, call, site.layout, shape, config.packs)
+    plan = plan_block(*given, twins, inside)
     try:
         passed = plan.copy_of in plans and plan.runs_like(plans[plan.copy_of])
         verify_block(block, plan, call, shape, config, twin_passed=passed)
     except Exception:
         if set(plan.owners) == {site.name}:
             raise
-        plan = plan_block(block, site.name, call, site.layout, shape, config.packs)
+        plan = plan_block(*given)
         verify_block(block, plan, call, shape, config)
-    first = plans.get(plan.copy_of)
-    if first is not None:
+    first = twins.bound.get(plan.eval_key)
+    if first is not None and first.costs_like(plan):
         return dataclasses.replace(plan, windows=first.windows, only_here=first.only_here)
-    return bound(block, plan, call, shape, config)
+    plan = bound(block, plan, call, shape, config)
+    if plan.eval_key is not None:
+        twins.bound[plan.eval_key] = plan
+    return plan
 
 
 def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:

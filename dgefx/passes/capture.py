@@ -259,6 +259,29 @@ def recording(model: nn.Module, names: set[str]) -> Iterator[dict[str, Call]]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def idle_modules(model: nn.Module) -> Iterator[set[str]]:
+    """Which modules without children hand on what they get while `model` runs (drop paths in eval
+    mode); known when the context ends."""
+    idle: dict[str, bool] = {}
+    found: set[str] = set()
+    handles = []
+    for name, module in model.named_modules():
+        if any(module.children()):
+            continue
+
+        def note(_m: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            idle[name] = idle.get(name, True) and bool(args) and output is args[0]
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        found.update(name for name, only in idle.items() if only)
+
+
 def record_calls(
     model: nn.Module, names: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Call]:

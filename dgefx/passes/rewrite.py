@@ -7,6 +7,7 @@ converted block, apart from the model it is put into. `passes.verify` decides wh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -49,6 +50,7 @@ class BlockPlan:
     stream_rank: int = 0  # of its arguments of the stream's shape, which one is the stream
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
     owners: tuple[str, str] = ("", "")  # blocks whose graphs these are, see `passes.twins`
+    eval_key: Hashable | None = None  # equal for blocks that do the same at any size, in eval mode
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
 
     @property
@@ -136,6 +138,7 @@ def plan_block(
     shape: tuple[int, ...],
     packs: bool = False,
     twins: Twins | None = None,
+    idle: frozenset[str] = frozenset(),
 ) -> BlockPlan:
     """Trace and split one block in both modes.
 
@@ -146,6 +149,7 @@ def plan_block(
         layout: of the block's stream. shape: of the block's stream.
         packs: whether the queries of a batch are packed, see `passes.split`.
         twins: blocks of the same model that were split before; none without.
+        idle: parts of the block that do nothing in eval mode.
 
     Raises:
         Refused, TraceError: the reason why the block stays dense.
@@ -190,6 +194,7 @@ def plan_block(
         windows=evaluated.windows,
         fixed_slots=evaluated.fixed_slots or trained.fixed_slots,
         stencils=evaluated.stencils | trained.stencils,
+        eval_key=call_structure(block, spec, shape, layout, idle),
         owners=(first.owner, second.owner),
     )
     if key is not None:

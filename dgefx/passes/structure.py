@@ -123,11 +123,15 @@ def _frozen(
     return (type(value), value) if isinstance(value, _PLAIN) else _Same(value)
 
 
-def _module(module: nn.Module, buffers: Callable[[Tensor], Hashable]) -> Hashable:
+def _module(
+    module: nn.Module,
+    buffers: Callable[[Tensor], Hashable],
+    idle: frozenset[str] = frozenset(),
+) -> Hashable:
     """Everything about a module but its mode and the values of its parameters.
 
     Args:
-        buffers: what of these counts.
+        buffers: what of these counts. idle: parts whose floats do not.
     """
     found: list[Hashable] = []
     first: dict[int, str] = {}  # under which name what is known by several is counted
@@ -139,7 +143,7 @@ def _module(module: nn.Module, buffers: Callable[[Tensor], Hashable]) -> Hashabl
         if part._forward_hooks or part._forward_pre_hooks:
             raise _Unknown
         own = {k: v for k, v in vars(part).items() if k not in _OWN_ATTRIBUTES}
-        found.append((name, named(name, part), type(part), _frozen(own)))
+        found.append((name, named(name, part), type(part), _frozen(own, scales=name in idle)))
         for own_tensors, of_value in ((part._parameters, _weights), (part._buffers, buffers)):
             found += [
                 (key, named(f"{name}.{key}", value), of_value(value))
@@ -160,7 +164,11 @@ def _known(make: Callable[[], Hashable]) -> Hashable | None:
 
 
 def call_structure(
-    block: nn.Module, spec: CallSpec, shape: tuple[int, ...], layout: Layout
+    block: nn.Module,
+    spec: CallSpec,
+    shape: tuple[int, ...],
+    layout: Layout,
+    idle: frozenset[str] = frozenset(),
 ) -> Hashable | None:
     """All that decides how a block is traced and split; None if it cannot be told.
 
@@ -168,6 +176,8 @@ def call_structure(
 
     Args:
         spec: of its call. shape, layout: of its stream.
+        idle: parts that do nothing in eval mode. With them, all that decides how the block runs in
+            eval mode at other sizes.
     """
 
     def make() -> Hashable:
@@ -177,7 +187,7 @@ def call_structure(
             raise _Unknown
         leaves = [_kind(v) if v is streams[0] else _frozen(v) for v in given]
         return (
-            _module(block, _content),
+            _module(block, _content, idle),
             (str(tree), tuple(leaves)),
             (spec.names, _frozen(spec.defaults), spec.inputs, _frozen(spec.fixed)),
             dataclasses.replace(layout, source=None),

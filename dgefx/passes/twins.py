@@ -102,11 +102,13 @@ class Split:
 class Twins:
     """The splits of one conversion so far.
 
-    plans: of whole blocks, by `call_structure`.
+    plans: of whole blocks, by `call_structure`. bound: those of verified blocks, bound to their
+        sizes, by `eval_key`.
     """
 
     def __init__(self) -> None:
         self.plans: dict[Hashable, BlockPlan] = {}
+        self.bound: dict[Hashable, BlockPlan] = {}
         self._found: dict[Hashable, Split] = {}
 
     def split(

@@ -400,3 +400,21 @@ def test_code_is_not_the_same_with_other_shapes_buffers_hooks_or_ties() -> None:
     assert not is_same_code(hooked, nn.Linear(2, 3))
     one = nn.Linear(2, 2)
     assert not is_same_code(nn.Sequential(one, one), nn.Sequential(one, nn.Linear(2, 2)))
+
+
+def test_drop_paths_do_not_keep_blocks_from_sharing_their_sizes() -> None:
+    """Their rates do nothing in eval mode, and the sizes are asked about in eval mode."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, depth=4, drop_path_rate=0.3)
+    with mock.patch("dgefx.analysis.bound", side_effect=bound) as asked:
+        plans, _calls = planned(model)
+    assert len(plans) == 4
+    assert asked.call_count == 2  # the first block has nn.Identity in the place of a drop path
+
+
+@pytest.mark.parametrize("limits", [(100.0, 2.4), (100.0, 100.0)])
+def test_only_blocks_of_the_same_settings_share_their_sizes(limits: tuple[float, ...]) -> None:
+    torch.manual_seed(0)
+    with mock.patch("dgefx.analysis.bound", side_effect=bound) as asked:
+        planned(WindowedModel(*map(Windowed, limits)))
+    assert asked.call_count == len(set(limits))
