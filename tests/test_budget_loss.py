@@ -264,8 +264,16 @@ def test_accumulated_micro_batches_each_have_their_loss() -> None:
     assert error(gate_gradients(model), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("config", [OPEN, DGEConfig(router="linear")], ids=["open", "linear"])
-@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize(
+    ("path", "config"),
+    [
+        ("sparse", OPEN),
+        ("dense", DGEConfig(router="linear")),
+        pytest.param("sparse", DGEConfig(router="linear"), marks=pytest.mark.slow),
+        pytest.param("dense", OPEN, marks=pytest.mark.slow),
+    ],
+    ids=["sparse-open", "dense-linear", "sparse-linear", "dense-open"],
+)
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_a_compiled_training_step_has_the_same_gradients(
     backend: str, path: str, config: DGEConfig

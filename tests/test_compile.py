@@ -38,8 +38,17 @@ def test_inductor_equals_eager(name: str) -> None:
     assert error(found, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["tiny", "pvt", "vit"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        ("tiny", False),
+        ("tiny", True),
+        ("pvt", True),
+        ("vit", False),
+        pytest.param("pvt", False, marks=pytest.mark.slow),
+        pytest.param("vit", True, marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_and_one_recompile(name: str, training: bool) -> None:
     dense, side = _model(name)
     model = dgefx.convert(randomise(dense), 0.6, example_inputs=images(2, side)).train(training)

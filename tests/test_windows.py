@@ -314,7 +314,7 @@ def test_ratio(name: str, gamma: float) -> None:
     assert abs(ratio - dgefx.report(model).ratio) <= 0.002
 
 
-@pytest.mark.parametrize("gamma", [0.5, 0.7])
+@pytest.mark.parametrize("gamma", [0.5, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_ratio_of_small_swin(gamma: float) -> None:
     torch.manual_seed(0)
     _, options, _ = SHORT["swin_tiny_patch4_window7_224"]

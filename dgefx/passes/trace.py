@@ -455,7 +455,9 @@ def shadow(block: nn.Module) -> nn.Module:
 
 
 def _childless(root: nn.Module) -> frozenset[nn.Module]:
-    return frozenset(m for m in root.modules() if not any(m.children()) and m is not root)
+    return frozenset(
+        m for m in root.modules() if next(m.children(), None) is None and m is not root
+    )
 
 
 def _make_functional(root: nn.Module) -> frozenset[nn.Module]:
