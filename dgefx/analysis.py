@@ -335,7 +335,8 @@ def _plan_site(
     """
     assert site.layout is not None and site.stream is not None
     block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
-    inside = frozenset(n.removeprefix(f"{site.name}.") for n in idle if n.startswith(site.name))
+    prefix = f"{site.name}."
+    inside = frozenset(n.removeprefix(prefix) for n in idle if n.startswith(prefix))
     given = (block, site.name, call, site.layout, shape, config.packs)
     plan = plan_block(*given, twins, inside)
     try:

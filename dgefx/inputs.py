@@ -165,17 +165,18 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Call, Any]:
 
 
 def _try_given(model: nn.Module, call: Call) -> tuple[Call, Any]:
+    doubled = _two_images(call)
+    try:
+        return doubled, run_example(model, doubled)
+    except Exception as error:  # any model may raise anything
+        failure = error
     try:
         run_example(model, call)
     except Exception as error:
         raise ValueError(
             f"example_inputs: the model rejects them: {type(error).__name__}: {error}"
         ) from error
-    doubled = _two_images(call)
-    try:
-        return doubled, run_example(model, doubled)
-    except Exception as error:
-        raise ValueError(
-            f"example_inputs: the model takes one image but not a batch of two "
-            f"({type(error).__name__}: {error}); pass example_inputs with two images"
-        ) from error
+    raise ValueError(
+        f"example_inputs: the model takes one image but not a batch of two "
+        f"({type(failure).__name__}: {failure}); pass example_inputs with two images"
+    ) from failure

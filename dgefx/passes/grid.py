@@ -239,8 +239,7 @@ class GridFinder:
         numbers = self._numbers(node)
         if numbers is None:
             return None
-        tokens = torch.unique(numbers.ids)
-        return Held(int((tokens >= 0).sum()), numbers.grid, varies(numbers.ids, -1))
+        return Held(len(numbers.tokens()), numbers.grid, varies(numbers.ids, -1))
 
     def layout(self, stream: Node) -> Layout | str:
         """The layout of `stream`, or the reason why it has none."""

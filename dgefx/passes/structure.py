@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
@@ -37,7 +38,7 @@ _PLAIN = (
     torch.memory_format,
 )
 #: what floats among the arguments do not change the places of
-_SCALES = frozenset("mul truediv div add sub bernoulli bernoulli_ dropout".split())
+_SCALES = frozenset("mul div add sub bernoulli dropout".split())
 #: what of a tensor's elements does not add to the others, and of how many it has to be so that
 #: one cannot tell from a block what another one mixes (a kernel that passes its input on)
 _NEGLIGIBLE, _SPARSE = 1e-6, 1e-2
@@ -119,6 +120,8 @@ def _frozen(
         return type(value), tuple((frozen(key), frozen(part)) for key, part in value.items())
     if isinstance(value, slice):
         return slice, frozen(value.start), frozen(value.stop), frozen(value.step)
+    if type(value) is functools.partial:
+        return functools.partial, frozen(value.func), frozen(value.args), frozen(value.keywords)
     # 1 and True are equal; what other objects are equal is their own affair
     return (type(value), value) if isinstance(value, _PLAIN) else _Same(value)
 

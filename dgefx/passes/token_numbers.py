@@ -27,6 +27,12 @@ class Numbers:
     grid: tuple[int, int]
     source: str | None
 
+    def tokens(self) -> Tensor:
+        """The tokens that some element holds, ascending."""
+        repeated = tuple(slice(1 if stride == 0 else None) for stride in self.ids.stride())
+        ids = self.ids[repeated].flatten()
+        return torch.bincount(ids[ids >= 0]).nonzero().flatten()
+
 
 def seed(node: Node) -> Numbers | None:
     """Every element of a (B, C, H, W) value a token by its place; None for other shapes."""
@@ -186,8 +192,7 @@ def part_grid(lines: Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:
 def sub_lattice(numbers: Numbers) -> Numbers | None:
     """Some rows and columns of a grid as a grid of their own (what strided slicing leaves); None
     where all tokens, or no full rows and columns, are there."""
-    held = torch.unique(numbers.ids)
-    held = held[held >= 0]
+    held = numbers.tokens()
     rows, columns = torch.unique(held // numbers.grid[1]), torch.unique(held % numbers.grid[1])
     grid = (len(rows), len(columns))
     if len(held) != grid[0] * grid[1] or grid == numbers.grid or not len(held):

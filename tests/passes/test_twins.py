@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -298,6 +299,26 @@ def test_thresholds_are_part_of_the_structure() -> None:
     plans, calls = planned(model)
     second = plans["blocks.1"]
     assert second.eval_code.source == alone(model, second, calls["blocks.1"]).eval_code.source
+
+
+class Acts(Around):
+    """What is done is an attribute."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def change(self, y: Tensor) -> Tensor:
+        return self.act(y)
+
+
+def test_partial_functions_are_equal_where_their_parts_are() -> None:
+    torch.manual_seed(0)
+    acts = [partial(F.gelu, approximate=a) for a in ("tanh", "tanh", "none")]
+    plans, _calls = planned(Model(*map(Acts, acts)))
+    assert [plan.copy_of for plan in plans.values()] == ["", "blocks.0", ""]
+    third = plans["blocks.2"]
+    assert "none" in third.eval_code.source and "tanh" not in third.eval_code.source
 
 
 class Flagged(Around):
