@@ -268,7 +268,7 @@ def test_accumulated_micro_batches_each_have_their_loss() -> None:
     ("path", "config"),
     [
         ("sparse", OPEN),
-        ("dense", DGEConfig(router="linear")),
+        pytest.param("dense", DGEConfig(router="linear"), marks=pytest.mark.slow),
         pytest.param("sparse", DGEConfig(router="linear"), marks=pytest.mark.slow),
         pytest.param("dense", OPEN, marks=pytest.mark.slow),
     ],

@@ -45,7 +45,7 @@ def finished(*command: str | Path, cwd: Path) -> str:
     ("script", "options"),
     [
         # all but the gates' noise is drawn in the loader's workers
-        ("finetune_pvt.py", ["--workers", "1"]),
+        pytest.param("finetune_pvt.py", ["--workers", "1"], marks=pytest.mark.slow),
         pytest.param(
             "finetune_swin.py",
             ["--ema", "0.5", "--mixup", "0.5", "--accumulate", "2", "--compare-dense"],

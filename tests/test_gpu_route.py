@@ -121,8 +121,15 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("config", ["per_image", "average"])
-@pytest.mark.parametrize("name", ["tiny_BNC", "pvt"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("tiny_BNC", "average"),
+        ("pvt", "per_image"),
+        pytest.param("tiny_BNC", "per_image", marks=pytest.mark.slow),
+        pytest.param("pvt", "average", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.usefixtures("packing")
 def test_operators_compile_to_one_graph(backend: str, name: str, config: str) -> None:

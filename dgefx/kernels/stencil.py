@@ -97,8 +97,9 @@ def _level(
         below = (height - row < side).long() * len({w for _, w in shapes})
         kinds = below + (width - column < side).long()
     ring = ring_of(side, kernel)
-    shares = torch.tensor(tap_shares(side, kernel, tuple(shapes)), device=taps.device)
-    coefficients = torch.einsum("rst,tc->rsc", shares.to(taps.dtype), taps)
+    known = tap_shares(side, kernel, tuple(shapes))
+    shares = torch.tensor(known, dtype=taps.dtype, device=taps.device)
+    coefficients = torch.einsum("rst,tc->rsc", shares, taps)
     out = own * _pick(coefficients[0], kinds)
     offsets = torch.tensor(ring, device=ids.device) - reach  # (ring, 2)
     y, x = row.unsqueeze(-1) + offsets[:, 0], column.unsqueeze(-1) + offsets[:, 1]

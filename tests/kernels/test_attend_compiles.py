@@ -28,7 +28,7 @@ WIDE = {"bias": "fp32", "lse": "fp32", "delta": "fp32", "grad_score": "fp32"}
 DATA = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_compiles(arch: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])

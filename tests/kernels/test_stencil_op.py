@@ -53,7 +53,7 @@ def on_device(packing: Packing, tables: StencilTables) -> tuple[list[Tensor], St
     return [t.to(DEVICE) for t in flat], StencilTables(*(t.to(DEVICE) for t in tables))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(CASES, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_kernels_equal_the_definition(case: dict, dtype: torch.dtype) -> None:
     from dgefx.kernels.gpu.stencil import run_coefficients, run_stencil
