@@ -65,11 +65,16 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
+def _is_single(leaf: Any) -> bool:
+    """Whether an argument may be that of a single image."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1
+
+
 def _two_images(call: Call) -> Call:
     """Repeat a single example image."""
 
     def repeat(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1:
+        if _is_single(leaf):
             return leaf.repeat(2, *(1 for _ in leaf.shape[1:]))
         return leaf
 
@@ -165,18 +170,19 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Call, Any]:
 
 
 def _try_given(model: nn.Module, call: Call) -> tuple[Call, Any]:
-    doubled = _two_images(call)
     try:
-        return doubled, run_example(model, doubled)
+        output = run_example(model, call)
     except Exception as error:  # any model may raise anything
-        failure = error
-    try:
-        run_example(model, call)
-    except Exception as error:
         raise ValueError(
             f"example_inputs: the model rejects them: {type(error).__name__}: {error}"
         ) from error
-    raise ValueError(
-        f"example_inputs: the model takes one image but not a batch of two "
-        f"({type(failure).__name__}: {failure}); pass example_inputs with two images"
-    ) from failure
+    if not any(map(_is_single, pytree.tree_leaves(call))):
+        return call, output
+    doubled = _two_images(call)
+    try:
+        return doubled, run_example(model, doubled)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs: the model takes one image but not a batch of two "
+            f"({type(error).__name__}: {error}); pass example_inputs with two images"
+        ) from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dgefx
+from dgefx.inputs import resolve_inputs
 from dgefx.nn import DGEBlock
 from tests.helpers import Block, TinyViT, error, images, randomise
 
@@ -252,6 +253,43 @@ def test_bad_arguments(
     with pytest.raises(raised, match=message):
         dgefx.convert(dense, 0.6, **{"example_inputs": X, "inplace": True, **options})
     assert_unchanged(dense, before)
+
+
+class Counts(nn.Module):
+    """A model that takes batches of some sizes only, and keeps those that it was given."""
+
+    def __init__(self, model: nn.Module, taken: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model, self.taken, self.given = model, taken, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.given.append(len(x))
+        if len(x) not in self.taken:
+            raise RuntimeError(f"not {len(x)} images")
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    ("taken", "given", "tried", "message"),
+    [
+        ((1, 2), 1, [1, 2], None),
+        ((1, 2), 2, [2], None),
+        ((1,), 1, [1, 2], "takes one image but not a batch of two.*not 2 images"),
+        ((2,), 1, [1], "the model rejects them.*not 1 images"),
+        ((1,), 2, [2], "the model rejects them.*not 2 images"),
+    ],
+)
+def test_examples_are_tried_once_as_given_and_once_as_two_images(
+    dense: nn.Module, taken: tuple[int, ...], given: int, tried: list[int], message: str | None
+) -> None:
+    model, x = Counts(dense, taken).eval(), images(given, 32)
+    if message is None:
+        (args, _), output = resolve_inputs(model, x)
+        assert len(args[0]) == len(output) == 2
+    else:
+        with pytest.raises(ValueError, match=message):
+            resolve_inputs(model, x)
+    assert model.given == tried
 
 
 @pytest.mark.parametrize(

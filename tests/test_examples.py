@@ -75,6 +75,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
+def test_a_run_from_end_to_end(tmp_path: Path) -> None:
+    once = [*SMALL, "--epochs", "1", "--limit-batches", "1"]
+    table = finished(EXAMPLES / "finetune_pvt.py", *once, "--out", "run", cwd=tmp_path)
+    assert "converted + fine-tuned" in table
+    dense = timm.create_model("test_vit", img_size=64, num_classes=10)
+    loaded = dgefx.load(tmp_path / "run" / "model", dense).eval()
+    assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+
 TWO = """
 import sys, os, torch
 sys.path.insert(0, sys.argv.pop(1))

@@ -215,13 +215,7 @@ SHORT: dict[str, tuple[int, dict[str, Any], list[str]]] = {
 }
 
 
-#: others with the same kinds of blocks are in CI
-SLOW = {"swin_s3_tiny_224", "swinv2_cr_tiny_224"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHORT]
-)
+@pytest.mark.parametrize("name", SHORT)
 def test_timm(name: str) -> None:
     side, options, refused = SHORT[name]
     torch.manual_seed(0)

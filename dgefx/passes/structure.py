@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -97,21 +98,28 @@ def _weights(value: Tensor) -> Hashable:
 
 
 def _frozen(
-    value: Any, numbers: Mapping[fx.Node, int] = MappingProxyType({}), scales: bool = False
+    value: Any,
+    numbers: Mapping[fx.Node, int] = MappingProxyType({}),
+    scales: bool = False,
+    owned: Mapping[int, str] = MappingProxyType({}),
 ) -> Hashable:
     """A value as something that can be compared, tensors by their elements.
 
     Args:
         numbers: of nodes. scales: whether its free floats are compared by their sign.
+        owned: names, by id, of tensors that are compared by these as well.
     """
 
     def frozen(part: Any) -> Hashable:
-        return _frozen(part, numbers, scales)
+        return _frozen(part, numbers, scales, owned)
 
     if isinstance(value, fx.Node) and value in numbers:
         return "node", numbers[value]
     if isinstance(value, Tensor):
-        return _content(value)
+        if id(value) in owned:
+            return owned[id(value)], _content(value)
+        # equal today, but each will learn by itself
+        return _Same(value) if value.requires_grad else _content(value)
     if isinstance(value, float):
         return float, ("+" if value > 0 else "-") if scales and is_free(value) else repr(value)
     if isinstance(value, (tuple, list)):
@@ -121,7 +129,8 @@ def _frozen(
     if isinstance(value, slice):
         return slice, frozen(value.start), frozen(value.stop), frozen(value.step)
     if type(value) is functools.partial:
-        return functools.partial, frozen(value.func), frozen(value.args), frozen(value.keywords)
+        parts = (value.func, value.args, value.keywords, vars(value))
+        return functools.partial, tuple(map(frozen, parts))
     # 1 and True are equal; what other objects are equal is their own affair
     return (type(value), value) if isinstance(value, _PLAIN) else _Same(value)
 
@@ -137,6 +146,8 @@ def _module(
         buffers: what of these counts. idle: parts whose floats do not.
     """
     found: list[Hashable] = []
+    named_tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    owned = {id(tensor): name for name, tensor in named_tensors}
     first: dict[int, str] = {}  # under which name what is known by several is counted
 
     def named(name: str, part: nn.Module | Tensor) -> str:
@@ -146,7 +157,9 @@ def _module(
         if part._forward_hooks or part._forward_pre_hooks:
             raise _Unknown
         own = {k: v for k, v in vars(part).items() if k not in _OWN_ATTRIBUTES}
-        found.append((name, named(name, part), type(part), _frozen(own, scales=name in idle)))
+        found.append(
+            (name, named(name, part), type(part), _frozen(own, scales=name in idle, owned=owned))
+        )
         for own_tensors, of_value in ((part._parameters, _weights), (part._buffers, buffers)):
             found += [
                 (key, named(f"{name}.{key}", value), of_value(value))

@@ -31,7 +31,8 @@ class Numbers:
         """The tokens that some element holds, ascending."""
         repeated = tuple(slice(1 if stride == 0 else None) for stride in self.ids.stride())
         ids = self.ids[repeated].flatten()
-        return torch.bincount(ids[ids >= 0]).nonzero().flatten()
+        ids = ids[(ids >= 0) & (ids < self.grid[0] * self.grid[1])]
+        return torch.bincount(ids.long()).nonzero().flatten()
 
 
 def seed(node: Node) -> Numbers | None:

@@ -122,8 +122,9 @@ def test_stencil_equals_convolution(case: dict, kernel: int) -> None:
         for patch in members(routing, image):
             slot = int(routing.token_slot[image, patch[0]])
             mean = convolved[image, patch].mean(0)
-            assert torch.allclose(stencil[image, slot], mean)
-            assert torch.allclose(island[image, :, slot, 0], mean)
+            # float64 sums of at most 25 terms for each of 64 tokens, all about 1: 1e-13 at worst
+            assert torch.allclose(stencil[image, slot], mean, rtol=0, atol=1e-12)
+            assert torch.allclose(island[image, :, slot, 0], mean, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

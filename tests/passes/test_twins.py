@@ -321,6 +321,58 @@ def test_partial_functions_are_equal_where_their_parts_are() -> None:
     assert "none" in third.eval_code.source and "tanh" not in third.eval_code.source
 
 
+class Scaled(Around):
+    """Two parameters, equal today, of which one is used by way of an attribute."""
+
+    def __init__(self, used: int, how: Callable[[nn.Parameter], object]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        value = torch.randn(DIM, generator=generator)
+        self.first, self.second = nn.Parameter(value.clone()), nn.Parameter(value.clone())
+        self.by = how(self.second if used else self.first)
+
+    def change(self, y: Tensor) -> Tensor:
+        return self.by(y) if callable(self.by) else y * self.by[0]
+
+
+@pytest.mark.parametrize("how", [lambda p: partial(torch.mul, p), lambda p: [p]])
+def test_which_parameter_an_attribute_holds_is_part_of_the_structure(
+    how: Callable[[nn.Parameter], object],
+) -> None:
+    torch.manual_seed(0)
+    model = Model(*(Scaled(used, how) for used in (0, 1, 1)))
+    converted = dgefx.convert(model, gamma=1.0, example_inputs=(images(2, 32),))
+    assert len(dgefx.report(converted).converted) == 3
+    for changed in (model, converted):
+        changed(images(2, 32)).square().sum().backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    found = {name: p.grad for name, p in converted.named_parameters()}
+    for place, used in enumerate((0, 1, 1)):
+        for index, name in enumerate(("first", "second")):
+            own, same = (g[f"blocks.{place}.{name}"] for g in (found, wanted))
+            assert (own is None) == (same is None) == (index != used)
+            assert own is None or error(own, same) < 1e-4
+
+
+class Tagged(Around):
+    """What is done in train mode is an attribute of an attribute."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.act = partial(torch.tanh)
+        self.act.by = by
+
+    def change(self, y: Tensor) -> Tensor:
+        return self.act(y) * (self.act.by if self.training else 1.5)
+
+
+def test_attributes_of_partial_functions_are_part_of_the_structure() -> None:
+    torch.manual_seed(0)
+    plans, _calls = planned(Model(Tagged(2.5), Tagged(3.5), Tagged(3.5)))
+    assert [plan.copy_of for plan in plans.values()] == ["", "", "blocks.1"]
+    assert "3.5" in plans["blocks.1"].train_code.source
+
+
 class Flagged(Around):
     """A parameter decides what is done in train mode."""
 
