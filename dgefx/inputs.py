@@ -170,6 +170,8 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Call, Any]:
 
 
 def _try_given(model: nn.Module, call: Call) -> tuple[Call, Any]:
+    if any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in pytree.tree_leaves(call)):
+        raise ValueError("example_inputs hold an empty tensor; pass one image or more")
     try:
         output = run_example(model, call)
     except Exception as error:  # any model may raise anything

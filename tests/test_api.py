@@ -240,6 +240,7 @@ def test_bad_gamma(dense: nn.Module, gamma: Any, raised: type[Exception], messag
         ({"example_inputs": None}, ValueError, "no example input"),
         ({"example_inputs": "image"}, TypeError, "example_inputs must be"),
         ({"example_inputs": images(2, 32, channels=4)}, ValueError, "the model rejects them"),
+        ({"example_inputs": X[:0]}, ValueError, "an empty tensor"),
         ({"config": {"region": 4}}, TypeError, "config must be"),
         ({"filter_fn": "blocks"}, TypeError, "filter_fn must be callable"),
         ({"calibration": 3}, TypeError, "calibration must be an iterable"),

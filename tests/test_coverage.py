@@ -338,7 +338,7 @@ def test_an_interrupted_run_ends_its_processes() -> None:
     assert workers
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=30)
-    assert process.returncode == 130 and "nothing was written" in log
+    assert process.returncode == 130 and "no table was written" in log
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)

@@ -128,6 +128,24 @@ def test_one_image_only_is_refused() -> None:
         assert 'dynamic_shapes=({0: torch.export.Dim("batch")},)' in str(caught.value)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_other_sizes_than_those_exported_are_refused(dynamic: bool) -> None:
+    """Also those that have as many tokens."""
+    converted = dgefx.convert(exported(TinyViT(dim=32), dynamic=dynamic), 0.6)
+    refused = [images(2, (16, 64)), images(2, 64), images(2, 32)[0]]
+    refused += [] if dynamic else [images(3, 32)]
+    for x in refused:
+        with pytest.raises(
+            ValueError, match=r"exported for inputs of shape \((2|any), 3, 32, 32\)"
+        ):
+            converted(x)
+    if not dynamic:
+        with pytest.raises(ValueError, match="exported for inputs of shape"):
+            dgefx.calibrate(converted, images(5, 32), progress=False)
+    compiled = torch.compile(converted, fullgraph=True, backend="eager")
+    assert error(compiled(X), converted(X)) < 1e-6
+
+
 def test_inside_another_model_is_refused_by_name() -> None:
     model = nn.Sequential(exported(TinyViT(dim=32)).module(), nn.Linear(5, 3))
     with pytest.raises(ValueError, match="submodule 0 is the module of an exported program"):

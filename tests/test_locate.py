@@ -216,6 +216,41 @@ def test_refused_with_its_reason(block: nn.Module, reason: str) -> None:
     assert site.reason is not None and reason in site.reason
 
 
+class DecoderLayer(Parts):
+    """Queries ask themselves, then the image."""
+
+    def forward(self, q: Tensor, x: Tensor) -> Tensor:
+        q = q + self.attn(self.norm(q))
+        return q + F.scaled_dot_product_attention(self.linear(self.last(q)), x, x)
+
+
+class Decoder(nn.Module):
+    """Encoder, two layers of a decoder of learned queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Scaled()
+        self.layers = nn.ModuleList(DecoderLayer() for _ in range(2))
+        self.query = nn.Parameter(torch.randn(1, 10, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        q = self.query.expand(x.shape[0], -1, -1)
+        for layer in self.layers:
+            q = layer(q, x)
+        return q
+
+
+def test_every_layer_of_a_decoder_has_learned_queries() -> None:
+    encoder, *decoder = sites(Decoder())
+    assert encoder.reason is None
+    assert [site.kind for site in decoder] == 2 * [
+        "pooling head or learned queries",
+        "cross attention",
+    ]
+    assert all("starts with learned queries" in str(site.reason) for site in decoder[::2])
+
+
 def timm_sites(name: str, side: int, **options: Any) -> list[Site]:
     torch.manual_seed(0)
     model = timm.create_model(name, **options).eval()
@@ -251,6 +286,13 @@ def test_coatnet_pools_its_first_shortcut() -> None:
     for first, second in (found[:2], found[2:]):
         assert first.reason is not None and "shortcut around it is pooled" in first.reason
         assert second.reason is None
+
+
+def test_levit_makes_its_grid_smaller_by_attention() -> None:
+    found = timm_sites("levit_128s", 224)
+    smaller = {site.name: site.reason for site in found if site.reason is not None}
+    assert set(smaller) == {f"stages.{i}.downsample.attn_downsample" for i in (1, 2)}
+    assert "49 queries against 196 tokens and no residual add" in str(smaller[min(smaller)])
 
 
 def test_caformer_scales_its_residuals() -> None:

@@ -80,12 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with asked.progress.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(result)) + "\n")
 
+    print(f"models: {len(cases)}, of which known: {len(before)}", flush=True)
     # what ends this process has to end those that it started
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         new = run_cases([case for case in cases if case.name not in before], options, done)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        kept_in = f"; {asked.progress} has what was measured" if asked.progress else ""
+        print(f"interrupted: no table was written{kept_in}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)

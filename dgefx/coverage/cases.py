@@ -126,7 +126,7 @@ def select(patterns: Iterable[str], base: bool = False, quick: bool = False) -> 
             matching += [c for c in module.unlisted(glob) if c.name not in names]
         if not matching:
             raise ValueError(
-                f"no model matches {pattern!r}; listed are "
+                f"no model matches {pattern!r}; {'of the quick ones' if quick else 'listed'} are "
                 f"{', '.join(case.name for case in known[:8])}, ... ({len(known)} in all)"
             )
         found |= {case.name: case for case in matching}

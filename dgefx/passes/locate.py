@@ -35,6 +35,10 @@ _SCALING = _SAME | {"mul", "div"}
 _ATTENDS = frozenset(
     {"matmul", "einsum", "softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
 )
+_LEARNED = Reason(
+    "its stream starts with learned queries, not with the image's tokens",
+    "pooling head or learned queries",
+)
 _NO_ADD = Reason(
     "no residual add around it: its queries do not ride on a residual stream (pooling head or "
     "learned queries)",
@@ -380,9 +384,38 @@ def _multi_scale(core: Core, cores: list[Core]) -> Reason | None:
     )
 
 
-def _unplaced(
-    core: Core, stream: Node, text: str, residuals: _Residuals, finder: GridFinder
-) -> Reason:
+def _asks_with_learned(core: Core, cores: list[Core]) -> bool:
+    """Whether its queries begin with learned ones, whatever of the image was added to them since:
+    attention before it gives tokens where its own queries are."""
+    before = {c.output: c for c in cores}
+    front = [core.query]
+    seen = set(front)
+    while front:
+        node = front.pop()
+        if node.op == "placeholder":
+            return False
+        inputs = [before[node].query] if node in before else node.all_input_nodes
+        fresh = [n for n in inputs if n not in seen]
+        seen.update(fresh)
+        front += fresh
+    return True
+
+
+def _no_residual(core: Core, reason: Reason, finder: GridFinder) -> Reason:
+    """What attention is whose output is not added to a stream."""
+    asking, asked = finder.held(core.query), finder.held(core.key)
+    if reason is not _NO_ADD or asking is None or asked is None:
+        return reason
+    if not 1 < asking.count < asked.count:
+        return reason
+    return Reason(
+        f"{asking.count} queries against {asked.count} tokens and no residual add around them: it "
+        f"makes the grid smaller between stages",
+        "queries on another grid",
+    )
+
+
+def _unplaced(core: Core, stream: Node, text: str, cores: list[Core], finder: GridFinder) -> Reason:
     """Why the stream has no layout."""
     held, asking = finder.held(stream), finder.held(core.query)
     if asking is not None and not asking.count:
@@ -391,11 +424,8 @@ def _unplaced(
         return Reason("a grid of 1 x 1 has nothing to pool", "nothing to pool")
     if held is not None:
         return Reason(text, "token order")
-    if not any(n.op == "placeholder" for n in nx.ancestors(residuals.digraph, core.query)):
-        return Reason(
-            "its queries are learned, and made of nothing of the image",
-            "pooling head or learned queries",
-        )
+    if _asks_with_learned(core, cores):
+        return _LEARNED
     return Reason(text, "layout unknown")
 
 
@@ -418,7 +448,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         sites.append(site)
         residual = residuals.around(core)
         if isinstance(residual, Reason):
-            site.refuse(residual)
+            site.refuse(_no_residual(core, residual, finder))
             continue
         owner, is_update = _owner(graph, core, residual, capture), False
         if isinstance(owner, Reason):
@@ -429,14 +459,15 @@ def locate(capture: Capture, batch: int) -> list[Site]:
             )
             found = None if asks else _update_owner(graph, core, residuals, capture, finder)
             if found is None:
-                site.refuse(asks or owner)
+                learned = _LEARNED if _asks_with_learned(core, cores) else None
+                site.refuse(asks or learned or owner)
                 continue
             owner, is_update = found, True
         site.name, site.stream = owner
         layout = finder.layout(site.stream)
         if isinstance(layout, str):
             multi = _multi_scale(core, cores)
-            site.refuse(multi or _unplaced(core, site.stream, layout, residuals, finder))
+            site.refuse(multi or _unplaced(core, site.stream, layout, cores, finder))
             continue
         site.layout = replace(layout, update=is_update)
         asking = _query_reason(core, site.stream, layout, finder, batch)

@@ -80,7 +80,7 @@ KINDS: dict[KindName, Kind] = {
         "attention to its stream in forward, x + attention(norm(x))",
     ),
     "cross attention": Kind(
-        True, "nothing to do: only attention of a stream to itself converts, its other blocks do"
+        True, "nothing to do: only attention of a stream to itself converts, this asks another one"
     ),
     "foreign queries": Kind(
         True, "nothing to do: blocks whose queries are projections of their own stream convert"
