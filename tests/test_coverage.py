@@ -28,7 +28,7 @@ from dgefx.coverage.measure import (
     reachable,
     time_convert,
 )
-from dgefx.coverage.run import Options, kept, parse, run_case, run_cases
+from dgefx.coverage.run import Options, Running, kept, parse, run_case, run_cases
 from dgefx.coverage.softmaxes import softmax_modules, unseen
 from dgefx.coverage.table import families, grouped, markdown, summary
 from dgefx.coverage.verdict import rightly_refused
@@ -314,6 +314,15 @@ def test_a_process_that_hangs_ends_with_its_timeout(monkeypatch: pytest.MonkeyPa
     # importing torch alone takes longer
     result = run_case(select(["timm:test_vit"])[0], Options(timeout=0.3))
     assert result.status == "timeout" and "0.3 s" in result.error
+    assert time.monotonic() - begun < 30
+
+
+def test_a_process_that_begins_after_the_end_ends_too() -> None:
+    running = Running()
+    running.end()
+    begun = time.monotonic()
+    result = run_case(select(["timm:test_vit"])[0], Options(timeout=100), running)
+    assert result.status == "crash" and "SIGKILL" in result.error
     assert time.monotonic() - begun < 30
 
 

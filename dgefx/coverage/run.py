@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,33 @@ class Options:
             raise ValueError(f"timeout must be a number of seconds over 0, found {self.timeout}")
 
 
+class Running:
+    """The processes of one run, of which none goes on after `end`, nor one that begins later."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def add(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._processes.add(process)
+            ended = self._ended
+        if ended:
+            _kill(process)
+
+    def remove(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._processes.discard(process)
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+            processes = list(self._processes)
+        for process in processes:
+            _kill(process)
+
+
 def run_cases(
     cases: Sequence[Case], options: Options, done: Callable[[Result], None] = lambda _r: None
 ) -> list[Result]:
@@ -47,7 +75,7 @@ def run_cases(
     Args:
         done: called with each result as it comes, in the order of the cases.
     """
-    running: set[subprocess.Popen[str]] = set()
+    running = Running()
     pool = ThreadPoolExecutor(options.jobs)
     try:
         results = []
@@ -57,14 +85,11 @@ def run_cases(
         return results
     finally:  # also when interrupted: processes in a group of their own do not see it
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            _kill(process)
+        running.end()
         pool.shutdown()
 
 
-def run_case(
-    case: Case, options: Options, running: set[subprocess.Popen[str]] | None = None
-) -> Result:
+def run_case(case: Case, options: Options, running: Running | None = None) -> Result:
     """Measure one case in a process of its own, kept in `running` while it runs."""
     threads = max(1, torch.get_num_threads() // options.jobs)  # heeds OMP_NUM_THREADS
     settings = {"base": options.base, "backend": options.backend, "threads": threads}
@@ -77,7 +102,7 @@ def run_case(
         errors="replace",
         start_new_session=True,  # the whole group can be ended: compilers start processes too
     )
-    running = set() if running is None else running
+    running = Running() if running is None else running
     running.add(process)
     try:
         output, log = process.communicate(timeout=options.timeout)
@@ -85,7 +110,7 @@ def run_case(
         return _failed(case, "timeout", f"not done after {options.timeout:g} s")
     finally:
         _kill(process)
-        running.discard(process)
+        running.remove(process)
     lines = output.strip().splitlines()
     if process.returncode == 0 and lines:
         return parse(lines[-1])
