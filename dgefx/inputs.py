@@ -65,16 +65,11 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def _is_single(leaf: Any) -> bool:
-    """Whether an argument may be that of a single image."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1
-
-
 def _two_images(call: Call) -> Call:
     """Repeat a single example image."""
 
     def repeat(leaf: Any) -> Any:
-        if _is_single(leaf):
+        if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1:
             return leaf.repeat(2, *(1 for _ in leaf.shape[1:]))
         return leaf
 
@@ -178,7 +173,7 @@ def _try_given(model: nn.Module, call: Call) -> tuple[Call, Any]:
         raise ValueError(
             f"example_inputs: the model rejects them: {type(error).__name__}: {error}"
         ) from error
-    if not any(map(_is_single, pytree.tree_leaves(call))):
+    if batch_size(call) > 1:
         return call, output
     doubled = _two_images(call)
     try:

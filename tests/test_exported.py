@@ -146,6 +146,27 @@ def test_other_sizes_than_those_exported_are_refused(dynamic: bool) -> None:
     assert error(compiled(X), converted(X)) < 1e-6
 
 
+class Told(TinyViT):
+    """What is added to the tokens is an argument, the same for all images."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + positions
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_input_for_all_images_stays_one(dynamic: bool) -> None:
+    dense, positions = randomise(Told(dim=32)).eval(), torch.randn(1, 64, 32)
+    shapes = (BATCH, {}) if dynamic else None
+    program = torch.export.export(dense, (X, positions), dynamic_shapes=shapes)
+    converted = dgefx.convert(program, 1.0)
+    assert names(converted) == ["blocks.0", "blocks.1"]
+    assert error(converted(X, positions), dense(X, positions)) < 1e-5
+
+
 def test_inside_another_model_is_refused_by_name() -> None:
     model = nn.Sequential(exported(TinyViT(dim=32)).module(), nn.Linear(5, 3))
     with pytest.raises(ValueError, match="submodule 0 is the module of an exported program"):

@@ -403,10 +403,10 @@ def _asks_with_learned(core: Core, cores: list[Core]) -> bool:
 
 def _no_residual(core: Core, reason: Reason, finder: GridFinder) -> Reason:
     """What attention is whose output is not added to a stream."""
-    asking, asked = finder.held(core.query), finder.held(core.key)
-    if reason is not _NO_ADD or asking is None or asked is None:
+    if reason is not _NO_ADD:
         return reason
-    if not 1 < asking.count < asked.count:
+    asking, asked = finder.held(core.query), finder.held(core.key)
+    if asking is None or asked is None or not 1 < asking.count < asked.count:
         return reason
     return Reason(
         f"{asking.count} queries against {asked.count} tokens and no residual add around them: it "
@@ -459,8 +459,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
             )
             found = None if asks else _update_owner(graph, core, residuals, capture, finder)
             if found is None:
-                learned = _LEARNED if _asks_with_learned(core, cores) else None
-                site.refuse(asks or learned or owner)
+                site.refuse(asks or (_LEARNED if _asks_with_learned(core, cores) else owner))
                 continue
             owner, is_update = found, True
         site.name, site.stream = owner

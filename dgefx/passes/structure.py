@@ -146,9 +146,9 @@ def _module(
         buffers: what of these counts. idle: parts whose floats do not.
     """
     found: list[Hashable] = []
-    named_tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    owned = {id(tensor): name for name, tensor in named_tensors}
-    first: dict[int, str] = {}  # under which name what is known by several is counted
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    # under which name what is known by several is counted
+    first = {id(tensor): name for name, tensor in tensors}
 
     def named(name: str, part: nn.Module | Tensor) -> str:
         return first.setdefault(id(part), name)
@@ -158,7 +158,7 @@ def _module(
             raise _Unknown
         own = {k: v for k, v in vars(part).items() if k not in _OWN_ATTRIBUTES}
         found.append(
-            (name, named(name, part), type(part), _frozen(own, scales=name in idle, owned=owned))
+            (name, named(name, part), type(part), _frozen(own, scales=name in idle, owned=first))
         )
         for own_tensors, of_value in ((part._parameters, _weights), (part._buffers, buffers)):
             found += [
