@@ -38,6 +38,7 @@ from dgefx.passes.mutation import (
     tensors_of,
 )
 from dgefx.passes.ops import op_name
+from dgefx.passes.tokenwise import keeps_tokens_apart
 
 #: results that are numbers or booleans made of the elements of a tensor
 _READS_ELEMENTS = frozenset({"item", "tolist", "equal", "allclose", "is_nonzero"})
@@ -148,11 +149,14 @@ class ConcolicTracer(fx.Tracer):
         self.values: dict[fx.Node, Any] = {}
         self.versions = Versions(self.values, self._emit, self._run)
         self._changed_constants: list[Tensor] = []
+        self._apart: dict[nn.Module, bool] = {}
         self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # what keeps running statistics changes its buffers in training; some add an activation
         if m in self.leaves or isinstance(m, (nn.MultiheadAttention, _NormBase)) or _wraps_layer(m):
+            return True
+        if self._apart.get(m, False):
             return True
         return type(m).__module__.startswith("torch.nn") and not any(m.children())
 
@@ -316,7 +320,28 @@ class ConcolicTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.executing:
             return forward(*args, **kwargs)
+        if m not in self._apart and not self.is_leaf_module(m, ""):
+            self._apart[m] = self._keeps_tokens_apart(m, args, kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+    def _keeps_tokens_apart(self, m: nn.Module, args: Any, kwargs: Any) -> bool:
+        if kwargs or len(args) != 1 or not isinstance(args[0], fx.Proxy):
+            return False
+        value = self.versions.value(args[0].node)
+        self.executing = True
+        inside = [part for part in m.modules() if part in self.in_place]
+        try:
+            for part in inside:
+                part.inplace = True  # type: ignore[assignment]
+            return isinstance(value, Tensor) and keeps_tokens_apart(m, value)
+        finally:
+            self.executing = False
+            for part in inside:
+                part.inplace = False  # type: ignore[assignment]
+
+    def apart(self) -> frozenset[str]:
+        """Names of the modules that stay calls because they treat every token alike."""
+        return frozenset(self.path_of_module(m) for m, apart in self._apart.items() if apart)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.refuse_data(obj.node)
@@ -416,6 +441,7 @@ class Trace:
     spec: CallSpec
     values: dict[fx.Node, Any]
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer of the block
+    apart: frozenset[str] = frozenset()  # see `passes.tokenwise`
 
 
 #: marks modules of a traced copy that had hooks: they must be called, not bypassed
@@ -558,7 +584,7 @@ def _trace_copy(block: nn.Module, spec: CallSpec, training: bool, opaque: bool) 
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in names:
             constants[str(node.target)] = run_node(node, root, (), {})
-    return Trace(graph, root, spec, tracer.values, constants)
+    return Trace(graph, root, spec, tracer.values, constants, tracer.apart())
 
 
 def _drop_unread(graph: fx.Graph) -> None:

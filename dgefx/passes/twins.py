@@ -77,7 +77,8 @@ def _ignores_mode(one: Trace, other: Trace) -> bool:
     """Whether two traces of a block, of the same structure, in eval and in train mode, compute the
     same: what they call is known to, and all their values are equal (zeros may hide much).
     The parameters are not looked at: the split of the first trace added noise to its own."""
-    called = (str(n.target) for n in one.graph.nodes if n.op == "call_module")
+    called = {str(n.target) for n in one.graph.nodes if n.op == "call_module"}
+    called -= one.apart & other.apart
     if not all(_is_mode_free(one.root.get_submodule(name)) for name in called):
         return False
     values = (

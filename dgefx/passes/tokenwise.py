@@ -1,0 +1,95 @@
+"""Which modules of a block treat every token alike, so that they stay calls in its trace.
+
+A norm, an MLP, a layer scale of the user's own works on queries as it does on tokens: called, it
+keeps its hooks, its settings, its autograd functions, its branches on types, whatever they are.
+Only what mixes tokens, or is wanted by rows (a fused projection), is traced through. Asked by
+`passes.trace`; found by trying the module on a few random tokens, not by its class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgefx.passes.chance import WithoutChance
+
+_TRIED = 3  # tokens along every token axis
+
+
+def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
+    """Whether `module`, on tensors like `value`, gives every token what it is alone.
+
+    Its output has the token axes of its input and follows a permutation and a selection of the
+    tokens; it may change the number of features on the last axis, or on axis 1. False for modules
+    that hand on their input as it is, and for affine ones with more features in their output:
+    of fused projections only some rows may be wanted.
+
+    Args:
+        module: of a copy of the model, in the mode it is traced in. value: floating point.
+    """
+    if not value.is_floating_point() or value.dim() < 3:
+        return False
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+        return any(_is_apart(module, value, axis) for axis in sorted({1, value.dim() - 1})[::-1])
+
+
+def _draws_per_image(module: nn.Module, tokens: Tensor) -> bool:
+    """Whether two runs differ by more than what is dropped element by element."""
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with WithoutChance(per_element=True):
+            results.append(module(tokens.clone()))
+    return not torch.equal(*results)
+
+
+def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
+    axes = [axis for axis in range(1, value.dim()) if axis != features]
+    size = [_TRIED if axis in axes else value.shape[axis] for axis in range(value.dim())]
+    size[0] = 2
+    tokens = torch.randn(size, generator=torch.Generator().manual_seed(5)).to(value)
+
+    def run(given: Tensor) -> Any:
+        written = given.clone()
+        with WithoutChance():
+            result = module(written)
+        if result is written or not torch.equal(written, given):
+            raise ValueError("hands on its input, or writes into it")
+        return result
+
+    try:
+        found = run(tokens)
+        if not _fits(found, tokens, features):
+            return False
+        order = torch.tensor([2, 0, 1], device=value.device)
+        for axis in axes:
+            for chosen in (order, order[:2]):
+                moved = run(tokens.index_select(axis, chosen))
+                if not _same(moved, found.index_select(axis, chosen)):
+                    return False
+        if not _same(run(tokens[1:]), found[1:]):
+            return False
+        if module.training and _draws_per_image(module, tokens):
+            return False
+        widens = found.shape[features] > tokens.shape[features]
+        return not (widens and _same(run(2 * tokens) - found, found - run(0 * tokens)))
+    except Exception:  # user code may raise anything on another size
+        return False
+
+
+def _fits(found: Any, tokens: Tensor, features: int) -> bool:
+    if not isinstance(found, Tensor) or found.dim() != tokens.dim():
+        return False
+    axes = [axis for axis in range(tokens.dim()) if axis != features]
+    same = all(found.shape[axis] == tokens.shape[axis] for axis in axes)
+    return same and bool(torch.isfinite(found).all())
+
+
+def _same(found: Any, wanted: Tensor) -> bool:
+    """Up to the rounding of other sizes of the same products."""
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    error = (found - wanted).double().norm()
+    return bool(error <= 1e-4 * wanted.double().norm().clamp_min(1e-30))
