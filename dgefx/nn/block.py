@@ -8,16 +8,17 @@ passes generated: one version for eval and one for train mode.
 from __future__ import annotations
 
 import functools
-import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dgefx.nn.callspec import CallSpec
+from dgefx.nn.code import GraphCode
+from dgefx.nn.guards import Guards
 from dgefx.nn.router import Router
 
 _SHARED_PREFIX = "_dge_"
@@ -57,60 +58,6 @@ class GridShape:
 def resolve_grid(shape: GridShape, tokens: int) -> tuple[int, int]:
     """(H, W) for the generated code; see `GridShape.resolve`."""
     return shape.resolve(tokens)
-
-
-class GraphCode:
-    """Python source of a graph over a module, compiled; picklable as its source."""
-
-    def __init__(self, graph: fx.Graph, label: str) -> None:
-        code = graph.python_code("self")
-        self.label = label
-        self.source = code.src
-        self.names = {name: value for name, value in code.globals.items() if f"{name}" in code.src}
-        self._compile()
-
-    def _compile(self) -> None:
-        filename = f"<dgefx {self.label} {id(self)}>"
-        linecache.cache[filename] = (len(self.source), None, self.source.splitlines(True), filename)
-        scope: dict[str, Any] = {"torch": torch, **self.names}
-        exec(compile(self.source, filename, "exec"), scope)
-        self.run = scope["forward"]
-
-    def labelled(self, label: str) -> GraphCode:
-        """The same code under another label."""
-        made = GraphCode.__new__(GraphCode)
-        made.label, made.source, made.names = label, self.source, self.names
-        made._compile()
-        return made
-
-    def is_same(self, other: GraphCode) -> bool:
-        """Whether both run the same code, whatever their labels."""
-        same = self.source == other.source and self.names.keys() == other.names.keys()
-        return same and all(other.names[name] is value for name, value in self.names.items())
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("run")
-        state["names"] = {
-            name: ("module", value.__name__)
-            if type(value).__name__ == "module"
-            else ("object", value)
-            for name, value in self.names.items()
-        }
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        import importlib
-
-        self.__dict__.update(state)
-        self.names = {
-            name: importlib.import_module(value) if kind == "module" else value
-            for name, (kind, value) in state["names"].items()
-        }
-        self._compile()
-
-    def __deepcopy__(self, _memo: Any) -> GraphCode:
-        return self  # immutable
 
 
 class Constants(nn.Module):
@@ -157,6 +104,7 @@ class DGEBlock(nn.Module):
         spec: how the block is called.
         constants: becomes child `dge_constants` if there are any.
         grid_shape: shared by the blocks of one grid; None where the block itself knows.
+        guards: what the code of each mode holds for.
 
     Shape:
         as the block it replaces.
@@ -174,6 +122,7 @@ class DGEBlock(nn.Module):
         spec: CallSpec,
         constants: dict[str, Tensor],
         grid_shape: GridShape | None,
+        guards: tuple[Guards, Guards] = (Guards(), Guards()),
     ) -> None:
         super().__init__()
         for name, value in vars(dense).items():
@@ -187,6 +136,7 @@ class DGEBlock(nn.Module):
         self._dge_dense = (dense,)
         self._dge_code = (eval_code, train_code)
         self._dge_spec = spec
+        self._dge_guards = guards
         self.dge_grid_shape = grid_shape
 
     @property
@@ -260,5 +210,6 @@ class DGEBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self._dge_spec.bind(args, kwargs)
-        code = self._dge_code[1] if self.training else self._dge_code[0]
-        return code.run(self, *leaves)
+        mode = 1 if self.training else 0
+        self._dge_guards[mode].check(self, self._dge_code[0].label, leaves)
+        return self._dge_code[mode].run(self, *leaves)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dgefx.nn.block import GraphCode
+from dgefx.nn.code import GraphCode
 
 #: parts of a module that hold what its state dict and its tree are made of
 _HELD = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")

@@ -33,6 +33,8 @@ KindName = Literal[
     "forward signature",
     "further results",
     "not traceable",
+    "keeps state",
+    "other gradients",
     "shapes follow the data",
     "train and eval differ",
     "mixes tokens",
@@ -170,6 +172,16 @@ KINDS: dict[KindName, Kind] = {
         "rewrite the operation that the reason names (no .item() or branch on tensor values, no "
         "in-place change of parameters, buffers or constants) or mark its function with "
         "torch.fx.wrap; else report it with the block's code",
+    ),
+    "keeps state": Kind(
+        False,
+        "let forward set no attribute (switch off what saves maps or counts calls); a forward hook "
+        "on the block can note down what is needed",
+    ),
+    "other gradients": Kind(
+        False,
+        "put the autograd function into a module of its own that works on every token alike (it "
+        "stays a call), or mark a function that applies it with torch.fx.wrap",
     ),
     "shapes follow the data": Kind(
         False, "switch off what selects, prunes or merges tokens by their values in the block"

@@ -10,18 +10,22 @@ import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
-from dgefx.nn.block import DGEBlock, GraphCode, GridShape
+from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.code import GraphCode
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.capacity import Plan, plans
+from dgefx.nn.guards import Guards
 from dgefx.nn.hierarchy import Grid
 from dgefx.nn.router import Router
 from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.grid import Layout
+from dgefx.passes.hold import guards_of, same_types
 from dgefx.passes.ops import op_name
 from dgefx.passes.structure import call_structure
 from dgefx.passes.trace import Trace, trace
@@ -51,6 +55,8 @@ class BlockPlan:
     stencils: frozenset[int] = frozenset()  # kernel sizes of its depthwise convolutions
     owners: tuple[str, str] = ("", "")  # blocks whose graphs these are, see `passes.twins`
     eval_key: Hashable | None = None  # equal for blocks that do the same at any size, in eval mode
+    guards: tuple[Guards, Guards] = (Guards(), Guards())  # of eval and of train mode
+    functions: tuple[str, ...] = ()  # autograd functions that the trace went through
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
 
     @property
@@ -130,6 +136,16 @@ def _split(
     return twins.split(traced, found[rank], layout, packs, name, evaluated), rank
 
 
+def _require_stateless(traces: list[Trace]) -> None:
+    written = dict.fromkeys(name for traced in traces for name in traced.written)
+    if written:
+        raise Refused(
+            f"its forward sets {', '.join(written)} on the module, which the converted block would "
+            f"leave as it was",
+            "keeps state",
+        )
+
+
 def plan_block(
     block: nn.Module,
     name: str,
@@ -139,6 +155,7 @@ def plan_block(
     packs: bool = False,
     twins: Twins | None = None,
     idle: frozenset[str] = frozenset(),
+    dtype: torch.dtype = torch.float32,
 ) -> BlockPlan:
     """Trace and split one block in both modes.
 
@@ -150,6 +167,7 @@ def plan_block(
         packs: whether the queries of a batch are packed, see `passes.split`.
         twins: blocks of the same model that were split before; none without.
         idle: parts of the block that do nothing in eval mode.
+        dtype: the floating type whose branches are taken.
 
     Raises:
         Refused, TraceError: the reason why the block stays dense.
@@ -164,8 +182,11 @@ def plan_block(
     key = call_structure(block, spec, shape, layout)
     if key is not None and key in twins.plans:
         return twins.plans[key].renamed(name, layout.source)
-    first, rank = _split(trace(block, spec, False), layout, shape, packs, name, twins)
-    second, other = _split(trace(block, spec, True), layout, shape, packs, name, twins, first)
+    traces = [trace(block, spec, training, dtype) for training in (False, True)]
+    _require_stateless(traces)
+    types = frozenset.intersection(*(same_types(block, traced) for traced in traces))
+    first, rank = _split(traces[0], layout, shape, packs, name, twins)
+    second, other = _split(traces[1], layout, shape, packs, name, twins, first)
     evaluated, trained = first.block, second.block
     if rank != other:
         raise Refused("its stream differs between eval and train mode", "train and eval differ")
@@ -196,6 +217,11 @@ def plan_block(
         stencils=evaluated.stencils | trained.stencils,
         eval_key=call_structure(block, spec, shape, layout, idle),
         owners=(first.owner, second.owner),
+        guards=(
+            guards_of(block, traces[0], _streams(traces[0], shape)[rank], evaluated.graph, types),
+            guards_of(block, traces[1], _streams(traces[1], shape)[rank], trained.graph, types),
+        ),
+        functions=traces[0].functions,
     )
     if key is not None:
         twins.plans[key] = plan
@@ -235,7 +261,9 @@ def build_block(
     if parameter is not None:
         constants = {name: value.to(parameter.device) for name, value in constants.items()}
     shape = grid_shape if plan.needs_grid_shape else None
-    return DGEBlock(dense, router, plan.eval_code, plan.train_code, plan.spec, constants, shape)
+    return DGEBlock(
+        dense, router, plan.eval_code, plan.train_code, plan.spec, constants, shape, plan.guards
+    )
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dgefx.passes.chance import WithoutChance
 
@@ -22,9 +23,10 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
     """Whether `module`, on tensors like `value`, gives every token what it is alone.
 
     Its output has the token axes of its input and follows a permutation and a selection of the
-    tokens; it may change the number of features on the last axis, or on axis 1. False for modules
-    that hand on their input as it is, and for affine ones with more features in their output:
-    of fused projections only some rows may be wanted.
+    tokens; it may change the number of features, on the last axis or of images on axis 1. False for modules
+    that hand on their input as it is or add to it (a residual add is part of the stream's path),
+    and for affine ones with more features in their output: of fused projections only some rows may
+    be wanted.
 
     Args:
         module: of a copy of the model, in the mode it is traced in. value: floating point.
@@ -32,7 +34,25 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
     if not value.is_floating_point() or value.dim() < 3:
         return False
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        return any(_is_apart(module, value, axis) for axis in sorted({1, value.dim() - 1})[::-1])
+        # a module for (B, C, H, W) has its features on axis 1
+        last = value.dim() - 1
+        return any(_is_apart(module, value, axis) for axis in ((last, 1) if last > 2 else (last,)))
+
+
+class _NoAdd(TorchFunctionMode):
+    """Raises where something is added to a module's input itself."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self.given = given
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "").strip("_")
+        if name in ("add", "iadd", "radd") and any(part is self.given for part in args):
+            raise ValueError("a residual add")
+        return func(*args, **(kwargs or {}))
 
 
 def _draws_per_image(module: nn.Module, tokens: Tensor) -> bool:
@@ -53,7 +73,7 @@ def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
 
     def run(given: Tensor) -> Any:
         written = given.clone()
-        with WithoutChance():
+        with WithoutChance(), _NoAdd(written):
             result = module(written)
         if result is written or not torch.equal(written, given):
             raise ValueError("hands on its input, or writes into it")

@@ -26,6 +26,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from dgefx.nn.callspec import CallSpec
+from dgefx.passes.attributes import Attributes, watched
+from dgefx.passes.calls import Calls, autocast_state
+from dgefx.passes.decisions import Decisions, has_shape_of_data
 from dgefx.passes.mutation import (
     AUGMENTED,
     Change,
@@ -62,23 +65,19 @@ class ConcolicProxy(fx.Proxy):
         self.tracer.set_item(self, index, value)
 
     def __len__(self) -> int:
-        return len(self._value)
+        return len(self.tracer.fixed(self))
 
     def __index__(self) -> int:
-        self.tracer.refuse_data(self.node)
-        return operator.index(self._value)
+        return operator.index(self.tracer.fixed(self))
 
     def __int__(self) -> int:
-        self.tracer.refuse_data(self.node)
-        return int(self._value)
+        return int(self.tracer.fixed(self))
 
     def __float__(self) -> float:
-        self.tracer.refuse_data(self.node)
-        return float(self._value)
+        return float(self.tracer.fixed(self))
 
     def __round__(self, digits: int | None = None) -> Any:
-        self.tracer.refuse_data(self.node)
-        return round(self._value, digits)
+        return round(self.tracer.fixed(self), digits)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Python takes every proxy for callable: `cond() if callable(cond) else cond` of a flag
@@ -133,6 +132,7 @@ class ConcolicTracer(fx.Tracer):
         spec: the example call.
         leaves: modules to keep as calls although they are not from `torch.nn`.
         in_place: modules that change their argument in the block, though not in the traced copy.
+        dtype: the floating type whose branches are taken; see `passes.decisions`.
     """
 
     def __init__(
@@ -140,6 +140,7 @@ class ConcolicTracer(fx.Tracer):
         spec: CallSpec,
         leaves: frozenset[nn.Module] = frozenset(),
         in_place: frozenset[nn.Module] = frozenset(),
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.proxy_buffer_attributes = True
@@ -150,6 +151,13 @@ class ConcolicTracer(fx.Tracer):
         self.versions = Versions(self.values, self._emit, self._run)
         self._changed_constants: list[Tensor] = []
         self._apart: dict[nn.Module, bool] = {}
+        self._dtype = dtype
+        self._without_grad: set[fx.Node] = set()
+        self._autocast = autocast_state()
+        #: modules whose forward was gone through
+        self.entered: dict[str, type] = {}
+        #: whether the block switches autocast off, or asks for it
+        self.knows_autocast = False
         self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -192,6 +200,7 @@ class ConcolicTracer(fx.Tracer):
             return self._change_by_module(target, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
+        self._note_modes(node)
         if kind == "placeholder":
             self.values[node] = self._next_input
         else:
@@ -215,8 +224,19 @@ class ConcolicTracer(fx.Tracer):
         asked = {name: getattr(args[0], name) for name in ("dtype", "device")}
         return self.create_proxy("call_function", _MADE_LIKE[target], args[1:], asked | kwargs)
 
+    def _note_modes(self, node: fx.Node) -> None:
+        """Under which of PyTorch's modes the block makes a node."""
+        if not torch.is_grad_enabled():
+            self._without_grad.add(node)
+        state = autocast_state()
+        if state != self._autocast:
+            self.knows_autocast = True
+            if any(state):
+                raise TraceError("the block switches torch.autocast on for a part of its forward")
+
     def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.create_node(kind, target, args, kwargs)
+        self._note_modes(node)
         self.values[node] = self._execute(node)
         return node
 
@@ -312,6 +332,13 @@ class ConcolicTracer(fx.Tracer):
 
     # -- what Python asks --------------------------------------------------------------------
 
+    @property
+    def decisions(self) -> Decisions:
+        """What Python has asked of the traced values so far."""
+        if not hasattr(self, "_decisions"):
+            self._decisions = Decisions(self.values, self.root, self._dtype)
+        return self._decisions
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.executing:
             return attr_val
@@ -322,6 +349,8 @@ class ConcolicTracer(fx.Tracer):
             return forward(*args, **kwargs)
         if m not in self._apart and not self.is_leaf_module(m, ""):
             self._apart[m] = self._keeps_tokens_apart(m, args, kwargs)
+        if not self.is_leaf_module(m, ""):
+            self.entered[self.path_of_module(m)] = type(m)
         return super().call_module(m, forward, args, kwargs)
 
     def _keeps_tokens_apart(self, m: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -339,17 +368,39 @@ class ConcolicTracer(fx.Tracer):
             for part in inside:
                 part.inplace = False  # type: ignore[assignment]
 
+    def stop_gradients(self, graph: fx.Graph) -> None:
+        """Detach what the block made under `torch.no_grad()` where it is used outside of it."""
+        for node in list(graph.nodes):
+            users = [user for user in node.users if user not in self._without_grad]
+            if node not in self._without_grad or not users:
+                continue
+            if not isinstance(self.values[node], Tensor) or node.op == "placeholder":
+                continue
+            with graph.inserting_after(node):
+                stopped = graph.call_method("detach", (node,))
+            self.values[stopped] = self.values[node]
+            for user in users:
+                user.replace_input_with(node, stopped)
+
     def apart(self) -> frozenset[str]:
         """Names of the modules that stay calls because they treat every token alike."""
         return frozenset(self.path_of_module(m) for m, apart in self._apart.items() if apart)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.refuse_data(obj.node)
-        return bool(self.versions.value(obj.node))
+        return self.decisions.branch(self.versions.current(obj.node))
+
+    def fixed(self, obj: fx.Proxy) -> Any:
+        """The value that Python makes a number of, which it stays."""
+        self.refuse_data(obj.node)
+        now = self.versions.current(obj.node)
+        self.decisions.number(now)
+        return self.values[now]
 
     def refuse_data(self, node: fx.Node) -> None:
         """Raise TraceError where Python is about to fix a number that follows the block's data, or
-        a parameter, which may be trained."""
+        a parameter, which may be trained. The size of what is selected by its values follows them.
+        """
         front, seen = [node], {node}
         while front:
             now = front.pop()
@@ -363,12 +414,13 @@ class ConcolicTracer(fx.Tracer):
             for source in now.all_input_nodes:
                 # from a tensor to a number only by reading its elements: a size is none of them
                 read = not tensors_of(self.values[source]) or tensors_of(self.values[now])
+                read = read or has_shape_of_data(source, self.values, self.root)
                 if source not in seen and (read or name in _READS_ELEMENTS):
                     seen.add(source)
                     front.append(source)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        value = self.versions.value(obj.node)
+        value = self.fixed(obj)
         count = value.shape[0] if isinstance(value, Tensor) else len(value)
         return iter([operator.getitem(obj, i) for i in range(count)])
 
@@ -434,14 +486,21 @@ def run_node(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
 
 @dataclass
 class Trace:
-    """A block's own graph. `root` is a copy of the block (without hooks) that it runs on."""
+    """A block's own graph, and what it holds for. `root` is a copy of the block (without hooks)
+    that it runs on."""
 
     graph: fx.Graph
     root: nn.Module
     spec: CallSpec
     values: dict[fx.Node, Any]
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer of the block
-    apart: frozenset[str] = frozenset()  # see `passes.tokenwise`
+    decisions: Decisions
+    apart: frozenset[str]  # modules that stay calls, see `passes.tokenwise`
+    entered: dict[str, type]  # modules that were gone through, and of what class they are
+    settings: dict[tuple[str, str], Any]  # (module, attribute) -> what forward read there
+    written: tuple[str, ...]  # attributes that forward sets
+    functions: tuple[str, ...]  # autograd functions, whose own backward is not in the graph
+    knows_autocast: bool  # whether the block runs otherwise where autocast is on
 
 
 #: marks modules of a traced copy that had hooks: they must be called, not bypassed
@@ -544,12 +603,15 @@ def _wrapped_functions(opaque: bool) -> Iterator[None]:
         yield
 
 
-def trace(block: nn.Module, spec: CallSpec, training: bool) -> Trace:
+def trace(
+    block: nn.Module, spec: CallSpec, training: bool, dtype: torch.dtype = torch.float32
+) -> Trace:
     """Trace `block` as `spec` calls it.
 
     Args:
         block: not changed; a copy is traced.
         training: trace the train-mode graph (dropout, drop path) instead of the eval one.
+        dtype: take the branches of this floating type.
 
     Raises:
         TraceError: with the operation that could not be traced.
@@ -557,26 +619,36 @@ def trace(block: nn.Module, spec: CallSpec, training: bool) -> Trace:
     error: Exception | None = None
     for opaque in (False, True):
         try:
-            return _trace_copy(block, spec, training, opaque)
+            return _trace_copy(block, spec, training, opaque, dtype)
         except Exception as found:  # any user code may raise anything while traced
             error = error or found
     raise TraceError(f"cannot be traced: {type(error).__name__}: {error}")
 
 
-def _trace_copy(block: nn.Module, spec: CallSpec, training: bool, opaque: bool) -> Trace:
+def _trace_copy(
+    block: nn.Module, spec: CallSpec, training: bool, opaque: bool, dtype: torch.dtype
+) -> Trace:
     """One attempt; `opaque` keeps custom modules and wrapped functions as calls."""
     root = shadow(block)
     root.train(training)
     in_place = _make_functional(root)
     leaves = _childless(root) if opaque else frozenset()
-    tracer = ConcolicTracer(spec, leaves, in_place)
+    tracer = ConcolicTracer(spec, leaves, in_place, dtype)
+    attributes = Attributes(lambda: not tracer.executing)
+    calls = Calls(lambda: not tracer.executing)
     devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
         if _tensor_dicts(root) and _has_caches(block, spec):
             for held in _tensor_dicts(root):
                 held.clear()
-        with _wrapped_functions(opaque), _KeepRandom(tracer):
+        with (
+            _wrapped_functions(opaque),
+            _KeepRandom(tracer),
+            watched(root, attributes),
+            calls.noted(),
+        ):
             graph = tracer.trace(root)
+    tracer.stop_gradients(graph)
     _drop_unread(graph)
     names = {n for n, _ in root.named_parameters(remove_duplicate=False)}
     names |= {n for n, _ in root.named_buffers(remove_duplicate=False)}
@@ -584,7 +656,20 @@ def _trace_copy(block: nn.Module, spec: CallSpec, training: bool, opaque: bool) 
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in names:
             constants[str(node.target)] = run_node(node, root, (), {})
-    return Trace(graph, root, spec, tracer.values, constants, tracer.apart())
+    return Trace(
+        graph,
+        root,
+        spec,
+        tracer.values,
+        constants,
+        tracer.decisions,
+        tracer.apart(),
+        tracer.entered,
+        attributes.reads,
+        tuple(attributes.changed()),
+        calls.functions(),
+        tracer.knows_autocast or calls.asks_autocast,
+    )
 
 
 def _drop_unread(graph: fx.Graph) -> None:

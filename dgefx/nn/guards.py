@@ -1,0 +1,136 @@
+"""`Guards`: what a block's generated code holds for, asked in every call of a `DGEBlock`.
+
+A trace fixes what Python read and decided: settings and training flags of the modules it went
+through, branches on sizes and types, whether autocast is on. What differs at run time is an error
+that names the part, never ignored. Made by `passes.rewrite`, one for eval and one for train mode.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgefx.nn.code import GraphCode
+
+FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+_AGAIN = (
+    "take the conversion back (dgefx.revert), change the dense model, and convert that one again"
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An attribute of a module inside the block ("" is the block) as the trace read it."""
+
+    module: str
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What holds of a block while its generated code is right.
+
+    settings: attributes that forward read. kinds: classes of the modules that it went through.
+    bypassed: modules whose own forward never runs, so that their hooks do not.
+    types: floating types in which it branches as it was traced. questions: code that answers all
+    its branches on sizes, of the inputs of the generated code; answers: what they were.
+    knows_autocast: whether it runs otherwise under autocast. stream: index of the stream input.
+    """
+
+    settings: tuple[Setting, ...] = ()
+    kinds: tuple[tuple[str, type], ...] = ()
+    bypassed: tuple[str, ...] = ()
+    types: frozenset[torch.dtype] = FLOATS
+    questions: GraphCode | None = None
+    answers: tuple[bool, ...] = ()
+    knows_autocast: bool = False
+    stream: int = 0
+
+    def __deepcopy__(self, _memo: Any) -> Guards:
+        return self  # immutable
+
+    def check(self, block: nn.Module, label: str, leaves: list[Any]) -> None:
+        """Raise ValueError where the call would be computed wrongly, warn of hooks that do not run.
+
+        Args:
+            block: the converted block. label: its name. leaves: inputs of the generated code.
+        """
+        for setting in self.settings:
+            found = getattr(_part(block, setting.module), setting.name, None)
+            if found != setting.value:
+                raise ValueError(_changed(label, setting, found))
+        for name, kind in self.kinds:
+            part = _part(block, name)
+            if not isinstance(part, kind):
+                raise ValueError(
+                    f"block {label}: {name} was {kind.__name__} when the model was converted and "
+                    f"is {type(part).__name__} now, which its converted code does not call; {_AGAIN}"
+                )
+        stream = leaves[self.stream]
+        if stream.dtype not in self.types and stream.is_floating_point():
+            held = ", ".join(sorted(str(t).removeprefix("torch.") for t in self.types))
+            raise ValueError(
+                f"block {label} decides by the floating type and was converted for {held}, found "
+                f"{stream.dtype}; convert the model in that type, or keep the block dense by "
+                f"filter_fn"
+            )
+        if self.questions is not None:
+            self._ask(label, leaves)
+        if self.knows_autocast and torch.is_autocast_enabled(stream.device.type):
+            raise ValueError(
+                f"block {label} switches autocast off inside, or asks whether it is on; its "
+                f"converted code does neither: call the model without autocast (in bfloat16, say), "
+                f"or keep the block dense by filter_fn"
+            )
+        for name in self.bypassed:
+            part = _part(block, name)
+            if part._forward_hooks or part._forward_pre_hooks:
+                _warn_of_hooks(label, name)
+
+    def _ask(self, label: str, leaves: list[Any]) -> None:
+        assert self.questions is not None
+        for index, answer in enumerate(self.questions.run(None, *leaves)):
+            if bool(answer) != self.answers[index]:
+                sizes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves]
+                raise ValueError(
+                    f"block {label} decides by the size of its input, and otherwise for {sizes} "
+                    f"than where it was converted (branch {index + 1} of {len(self.answers)} on "
+                    f"sizes is {bool(answer)} here); convert with example_inputs of this size"
+                )
+
+
+def _part(block: nn.Module, name: str) -> Any:
+    part: Any = block
+    for step in name.split(".") if name else ():
+        part = getattr(part, step)
+    return part
+
+
+def _changed(label: str, setting: Setting, found: Any) -> str:
+    where = f"{setting.module}.{setting.name}" if setting.module else setting.name
+    if setting.name == "training":
+        part = setting.module or "the block"
+        own, other = ("train", "eval") if found else ("eval", "train")
+        return (
+            f"block {label}: {part} is in {own} mode, which its converted code knows only while "
+            f"the block is; call train() or eval() on the whole block, or for {own} mode in a part "
+            f"alone keep the block dense by filter_fn"
+        )
+    return (
+        f"block {label}: {where} was {setting.value!r} when the model was converted and is "
+        f"{found!r} now, which its converted code does not read; {_AGAIN}"
+    )
+
+
+def _warn_of_hooks(label: str, name: str) -> None:
+    warnings.warn(
+        f"dgefx: a forward hook on {label}.{name} does not run: the converted block computes this "
+        f"module's part for queries and for keys and values apart. Hook the block, or the layers "
+        f"inside that README names; or convert with filter_fn leaving the block dense",
+        stacklevel=2,
+    )

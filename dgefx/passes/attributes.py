@@ -1,0 +1,123 @@
+"""What a trace reads from the modules that it goes through, and what it writes to them.
+
+A number, flag or function that forward reads from `self` is a constant of the traced graph. So it
+becomes a guard of the converted block (`dgefx.nn.guards`): changed later, it is not ignored. What
+forward writes (`self.last = x`) no generated code would write again. Used by `passes.trace` on its
+own copy of a block.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    FunctionType,
+    BuiltinFunctionType,
+    type,
+)
+_MISSING = object()
+
+
+def is_setting(value: Any) -> bool:
+    """Whether a value is compared by what it is: a number, flag, function, or several of them."""
+    if isinstance(value, (tuple, list)):
+        return all(is_setting(part) for part in value)
+    return isinstance(value, _PLAIN)
+
+
+@dataclass
+class Attributes:
+    """reads: settings by (module, attribute), as they were first read. writes: the first value that
+    forward set, by the same. `reading` says whether the code that runs is the traced one."""
+
+    reading: Callable[[], bool]
+    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
+    writes: dict[tuple[str, str], tuple[Any, Any]] = field(default_factory=dict)
+
+    def read(self, module: str, name: str, value: Any) -> None:
+        """Note a read, unless forward itself has set what it reads."""
+        if self.reading() and (module, name) not in self.writes and is_setting(value):
+            self.reads.setdefault((module, name), value)
+
+    def write(self, module: str, name: str, before: Any, value: Any) -> None:
+        """Note a write."""
+        if self.reading():
+            self.writes.setdefault((module, name), (before, value))
+
+    def changed(self) -> list[str]:
+        """Names of attributes that forward gave another value than they had."""
+        return [
+            f"{module}.{name}" if module else name
+            for (module, name), (before, value) in self.writes.items()
+            if not (is_setting(value) and is_setting(before) and _equal(before, value))
+        ]
+
+
+def _equal(first: Any, second: Any) -> bool:
+    return type(first) is type(second) and bool(first == second)
+
+
+def _watching_type(kind: type, name: str, log: Attributes) -> type:
+    def read(self: nn.Module, attribute: str) -> Any:
+        value = kind.__getattribute__(self, attribute)
+        own = object.__getattribute__(self, "__dict__")
+        if attribute in own and attribute not in _MACHINERY:
+            log.read(name, attribute, value)
+        return value
+
+    def write(self: nn.Module, attribute: str, value: Any) -> None:
+        before = object.__getattribute__(self, "__dict__").get(attribute, _MISSING)
+        log.write(name, attribute, before, value)
+        kind.__setattr__(self, attribute, value)
+
+    added = {
+        "__getattribute__": read,
+        "__setattr__": write,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind)(kind.__name__, (kind,), added)
+
+
+@contextmanager
+def watched(root: nn.Module, log: Attributes) -> Iterator[None]:
+    """While active, what is read from and written to the modules of `root` is noted.
+
+    Args:
+        root: a copy that nobody else holds: its modules are of derived classes for the time.
+    """
+    kinds: dict[nn.Module, type] = {}
+    try:
+        for name, module in root.named_modules():
+            kind = type(module)
+            if kind.__module__.startswith("torch."):
+                continue  # stays a call, or runs nothing of its own
+            try:
+                made = _watching_type(kind, name, log)
+                module.__class__ = made
+            except TypeError:  # a class that is final, or laid out by C
+                continue
+            kinds[module] = kind
+        yield
+    finally:
+        for module, kind in kinds.items():
+            object.__setattr__(module, "__class__", kind)

@@ -1,0 +1,79 @@
+"""What a block calls that leaves no trace in its graph: autograd functions, questions for autocast.
+
+Seen by a profiling function of the thread, for the time of a trace, so that nothing is patched.
+Used by `passes.trace`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dgefx.passes.mutation import TraceError
+
+_ASKS = frozenset(
+    {
+        torch.is_autocast_enabled,
+        torch.is_autocast_cpu_enabled,
+        torch.get_autocast_dtype,
+        torch.get_autocast_gpu_dtype,
+        torch.get_autocast_cpu_dtype,
+    }
+)
+
+
+def autocast_state() -> tuple[bool, ...]:
+    """Whether autocast is on, by kind of device."""
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
+class Calls:
+    """What the traced code called; `reading` says whether the code that runs is the traced one."""
+
+    def __init__(self, reading: Callable[[], bool]) -> None:
+        self._reading = reading
+        self._functions: dict[str, None] = {}
+        self.asks_autocast = False
+        self._random = False
+
+    def functions(self) -> tuple[str, ...]:
+        """Names of the autograd functions."""
+        return tuple(self._functions)
+
+    def _note(self, frame: Any, event: str, called: Any) -> None:
+        if event != "c_call" or not self._reading():
+            return
+        owner = getattr(called, "__self__", None)
+        if isinstance(owner, random.Random):
+            self._random = True
+        elif isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+            if called.__name__ == "apply":
+                self._functions[owner.__qualname__] = None
+        elif called in _ASKS and not _is_library(frame):
+            self.asks_autocast = True
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """While active, calls of this thread are noted.
+
+        Raises:
+            TraceError: at the end, where Python's own random numbers were drawn.
+        """
+        before = sys.getprofile()
+        sys.setprofile(self._note)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+        if self._random:
+            raise TraceError("the block draws from Python's random module, which would be fixed")
+
+
+def _is_library(frame: Any) -> bool:
+    """Whether PyTorch or this library asks for its own sake."""
+    return str(frame.f_globals.get("__name__")).split(".")[0] in ("torch", "dgefx")

@@ -1,0 +1,196 @@
+"""What a trace decided on: the branches and numbers that Python made of types and sizes.
+
+A trace takes the branch that the example takes. Decisions on a type are asked again for the other
+floating types: the block holds for those in which all of them come out the same. Decisions on the
+sizes of the stream become a small graph of their own, which the converted block asks at run time
+(`dgefx.nn.guards`). Filled by `passes.trace`, read by `passes.rewrite`.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dgefx.nn.guards import FLOATS
+from dgefx.passes.mutation import tensors_of
+from dgefx.passes.ops import op_name
+
+#: how many elements these have depends on what they are given
+_SHAPED_BY_DATA = frozenset(
+    "nonzero argwhere masked_select unique unique_consecutive bincount".split()
+)
+
+
+@dataclass
+class Decisions:
+    """values: of the nodes of a trace. branches: what bool() was asked of. numbers: of what int(),
+    float(), len() or a loop made a number. dtype: the floating type that the block is traced for,
+    although the trace runs in float32.
+    """
+
+    values: dict[fx.Node, Any]
+    root: nn.Module
+    dtype: torch.dtype = torch.float32
+    branches: list[fx.Node] = field(default_factory=list)
+    numbers: list[fx.Node] = field(default_factory=list)
+
+    def branch(self, node: fx.Node) -> bool:
+        """What `bool(node)` is, noted down."""
+        self.branches.append(node)
+        return bool(self.in_type(node, self.dtype))
+
+    def number(self, node: fx.Node) -> None:
+        """Note that Python made a number of a node."""
+        self.numbers.append(node)
+
+    def in_type(self, node: fx.Node, dtype: torch.dtype) -> Any:
+        """The value of a node that no tensor's elements decide, had the block this type."""
+        if dtype is torch.float32:
+            return self.values[node]
+        found: dict[fx.Node, Any] = {}
+
+        def value(current: fx.Node) -> Any:
+            if current not in found:
+                found[current] = self._in_type(current, dtype, value)
+            return found[current]
+
+        return value(node)
+
+    def _in_type(self, node: fx.Node, dtype: torch.dtype, value: Any) -> Any:
+        here = self.values[node]
+        if here is torch.float32 and _reads_type(node):
+            return dtype
+        if not node.op.startswith("call_function") or tensors_of(here):
+            return here
+        sources = node.all_input_nodes
+        if all(value(source) is self.values[source] for source in sources):
+            return here
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def types(self) -> frozenset[torch.dtype]:
+        """The floating types in which every branch is the one that was taken."""
+        return frozenset(
+            dtype
+            for dtype in FLOATS
+            if all(
+                bool(self.in_type(n, dtype)) == bool(self.in_type(n, self.dtype))
+                for n in self.branches
+            )
+        )
+
+
+def _reads_type(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] == "dtype"
+
+
+def has_shape_of_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
+    """Whether the shape of a node's value may follow the elements of what it is computed from."""
+    front, seen = [node], {node}
+    while front:
+        now = front.pop()
+        if not tensors_of(values.get(now)) or not now.op.startswith("call_"):
+            continue
+        if _is_shaped_by_data(now, values, root):
+            return True
+        fresh = [n for n in now.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        front += fresh
+    return False
+
+
+def _is_shaped_by_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
+    name = op_name(node, root)
+    if name in _SHAPED_BY_DATA:
+        return True
+    if name == "where":
+        return len(node.args) + len(node.kwargs) == 1
+    if name == "repeat_interleave":
+        return any(isinstance(values.get(n), Tensor) for n in node.all_input_nodes[1:])
+    if name != "getitem":
+        return False
+    index = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
+    return any(
+        isinstance(part, fx.Node)
+        and isinstance(values[part], Tensor)
+        and values[part].dtype in (torch.bool, torch.uint8)
+        for part in index
+    )
+
+
+def _size_sources(node: fx.Node, values: dict[fx.Node, Any]) -> set[fx.Node]:
+    """Nodes behind a number, as far as they are no tensors, and the tensors whose sizes it is."""
+    front, seen = [node], {node}
+    while front:
+        now = front.pop()
+        if tensors_of(values[now]) or not now.op.startswith("call_"):
+            continue
+        fresh = [n for n in now.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        front += fresh
+    return seen
+
+
+def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, axis: int) -> bool:
+    """Whether the first size of a tensor, or that of the images (`axis`) of one that is shaped as
+    the stream, is among what a number is made of."""
+    behind = _size_sources(node, values)
+    for read in behind:
+        if read.target is operator.getitem and isinstance(values[read], int):
+            source = read.args[0]
+            if isinstance(source, fx.Node) and isinstance(values[source], torch.Size):
+                place = read.args[1]
+                if place in (0, -len(values[source])) or (
+                    values[source] == values[stream].shape and place in (axis,)
+                ):
+                    return True
+        elif read.op == "call_method" and read.target == "size" and len(read.args) > 1:
+            if read.args[1] in (0, axis):
+                return True
+    return isinstance(values[node], (Tensor, tuple, list))
+
+
+def size_questions(
+    decisions: Decisions, graph: fx.Graph, stream: fx.Node
+) -> tuple[fx.Graph, tuple[bool, ...]] | None:
+    """A graph, with the inputs of the block's own, of all branches that sizes decide, and what they
+    were; None without any.
+
+    Sizes that are read off a value of another shape than the stream's, and no argument of the
+    block, are left out: what they are on another grid is not known without running the block.
+    """
+    values, made = decisions.values, fx.Graph()
+    shape = values[stream].shape
+    inputs = {n: made.placeholder(str(n.target)) for n in graph.nodes if n.op == "placeholder"}
+    asked: list[fx.Node] = []
+    expected: list[bool] = []
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in dict.fromkeys(decisions.branches):
+        behind = _size_sources(node, values)
+        tensors = {n for n in behind if tensors_of(values[n])}
+        sized = any(isinstance(values[n], torch.Size) or n.target == "size" for n in behind)
+        given = any(n.op == "placeholder" and n not in tensors for n in behind)
+        typed = any(_reads_type(n) for n in behind)
+        known = all(
+            isinstance(values[n], Tensor) and (n in inputs or values[n].shape == shape)
+            for n in tensors
+        )
+        calls = all(n.op in ("call_function", "call_method", "placeholder") or n in tensors
+                    for n in behind)
+        if not (sized or given) or typed or not known or not calls:
+            continue
+        for n in tensors:
+            copies[n] = inputs.get(n, inputs[stream])
+        for n in graph.nodes:
+            if n in behind and n not in copies:
+                copies[n] = inputs[n] if n in inputs else made.node_copy(n, copies.__getitem__)
+        asked.append(copies[node])
+        expected.append(bool(values[node]))
+    if not asked:
+        return None
+    made.output(tuple(asked))
+    return made, tuple(expected)

@@ -1,0 +1,80 @@
+"""Pass 4d, hold: under which conditions the graph of a trace is what the block does.
+
+Turns what a trace read and decided into the `Guards` that a converted block asks in every call.
+Called by `passes.rewrite`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from dgefx.nn.code import GraphCode
+from dgefx.nn.guards import FLOATS, Guards, Setting
+from dgefx.passes.decisions import size_questions
+from dgefx.passes.trace import Trace, TraceError, trace
+
+
+def guards_of(
+    block: nn.Module,
+    traced: Trace,
+    stream: fx.Node,
+    generated: fx.Graph,
+    types: frozenset[torch.dtype],
+) -> Guards:
+    """What has to hold while `generated`, split from `traced`, stands for the block.
+
+    Args:
+        block: the dense one. stream: the trace's input. types: see `same_types`.
+    """
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    asked = size_questions(traced.decisions, traced.graph, stream)
+    read_apart = {
+        str(node.target).rpartition(".")[0] for node in generated.nodes if node.op == "get_attr"
+    }
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    return Guards(
+        settings=tuple(
+            Setting(module, name, value) for (module, name), value in traced.settings.items()
+        ),
+        kinds=tuple((name, type(block.get_submodule(name))) for name in traced.entered),
+        bypassed=(*traced.entered, *sorted(called & read_apart)),
+        types=types,
+        questions=None if asked is None else GraphCode(asked[0], "questions"),
+        answers=() if asked is None else asked[1],
+        knows_autocast=traced.knows_autocast,
+        stream=inputs.index(stream),
+    )
+
+
+def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
+    """The floating types in which the block does what was traced: it decides alike, or its other
+    branch comes to the same graph (a clamp of what is not finite)."""
+    held = traced.decisions.types()
+    return held | {dtype for dtype in FLOATS - held if _same_graph(block, traced, dtype)}
+
+
+def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype) -> bool:
+    try:
+        other = trace(block, traced.spec, traced.root.training, dtype)
+    except TraceError:
+        return False
+    return _source(traced.graph) == _source(other.graph)
+
+
+def _source(graph: fx.Graph) -> list[str]:
+    """The calls of a graph that lead to its output, whatever its nodes are called."""
+    front = [next(node for node in graph.nodes if node.op == "output")]
+    needed = set(front)
+    while front:
+        fresh = [n for n in front.pop().all_input_nodes if n not in needed]
+        needed.update(fresh)
+        front += fresh
+    numbers: dict[fx.Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        if node in needed:
+            numbers[node] = f"%{len(numbers)}"
+            args = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
+            lines.append(f"{node.op} {node.target} {args}")
+    return lines
