@@ -31,8 +31,9 @@ from dgefx.passes.sizes import bound
 from dgefx.passes.trace import TraceError
 from dgefx.passes.twins import Twins
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
+from dgefx.passes.verify_more import verify_gradients, verify_images, verify_type
 from dgefx.passes.worlds import Refused
-from dgefx.precision import full_float32, in_float64
+from dgefx.precision import floating_type, full_float32, in_float64
 from dgefx.report import BlockReport, Report
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -246,12 +247,13 @@ def analyse(
                 site.refuse(_COMPILED)
         if filter_fn is not None:
             for site in sites:
-                if site.reason is None and not filter_fn(_block_of(model, work, site), site.name):
+                if site.reason is None and not filter_fn(_named(model, work, site.name), site.name):
                     site.refuse(_FILTERED)
         names = {site.name for site in sites if site.reason is None}
         with recording(work, names) as calls, idle_modules(work) as idle:
             macs_dense = count_macs(work, *call)
-        plans = _plan_sites(work, sites, calls, idle, config, must_convert)
+        types = {name: floating_type(_named(model, work, name)) for name in names}
+        plans = _plan_sites(work, sites, calls, types, idle, config, must_convert)
         costs = _price(work, plans, calls, config.bounded())
         del calls
         _drop_without_gain(work, sites, plans, costs, must_convert)
@@ -263,12 +265,12 @@ def analyse(
     return Analysis(work, call, images, sites, outlines, plans, costs, macs_dense, config)
 
 
-def _block_of(model: nn.Module, work: nn.Module, site: Site) -> nn.Module:
-    """A site's module in the user's model, or where that is a graph without it, in its copy."""
+def _named(model: nn.Module, work: nn.Module, name: str) -> nn.Module:
+    """A block in the user's model, or where that is a graph without it, in its copy."""
     try:
-        return model.get_submodule(site.name)
+        return model.get_submodule(name)
     except AttributeError:
-        return work.get_submodule(site.name)
+        return work.get_submodule(name)
 
 
 def _require_finite(output: Any) -> None:
@@ -286,6 +288,7 @@ def _plan_sites(
     work: nn.Module,
     sites: list[Site],
     calls: Mapping[str, Call],
+    types: Mapping[str, torch.dtype],
     idle: set[str],
     config: DGEConfig,
     must_convert: bool,
@@ -293,7 +296,7 @@ def _plan_sites(
     """Trace, split and verify every site that may convert; failures become reasons.
 
     Args:
-        calls: of these sites, by name. idle: modules of the model that do nothing in eval mode.
+        calls, types: of these sites, by name; types as in the user's model. idle: modules of the model that do nothing in eval mode.
     """
     plans: dict[str, BlockPlan] = {}
     twins = Twins()
@@ -302,6 +305,10 @@ def _plan_sites(
             continue
         try:
             plan = _plan_site(work, site, calls[site.name], idle, config, twins, plans)
+            if plan.copy_of not in plans or types[plan.copy_of] != types[site.name]:
+                assert site.stream is not None
+                given = (work.get_submodule(site.name), plan, calls[site.name])
+                verify_type(*given, site.stream.meta["shape"], config, types[site.name])
         except Refused as error:
             site.refuse(Reason(str(error), error.kind))
             continue
@@ -342,11 +349,18 @@ def _plan_site(
     try:
         passed = plan.copy_of in plans and plan.runs_like(plans[plan.copy_of])
         verify_block(block, plan, call, shape, config, twin_passed=passed)
+        if not passed:
+            verify_gradients(block, plan, call, shape, config)
+            if plan.numbers_images:
+                verify_images(block, plan, call, shape, config)
     except Exception:
         if set(plan.owners) == {site.name}:
             raise
         plan = plan_block(*given)
         verify_block(block, plan, call, shape, config)
+        verify_gradients(block, plan, call, shape, config)
+        if plan.numbers_images:
+            verify_images(block, plan, call, shape, config)
     first = twins.bound.get(plan.eval_key)
     if first is not None and first.costs_like(plan):
         return dataclasses.replace(plan, windows=first.windows, only_here=first.only_here)

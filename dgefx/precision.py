@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def in_float64(value: Any) -> Any:
     """Arguments or outputs of a model with every floating point tensor in float64."""
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
+
+
+def floating_type(module: nn.Module) -> torch.dtype:
+    """The type of a module's first floating point parameter; float32 without any."""
+    types = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(types, torch.float32)
 
 
 @contextmanager

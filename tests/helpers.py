@@ -34,7 +34,8 @@ def images(count: int, side: int | tuple[int, int], seed: int = 0, channels: int
 
 def error(found: Any, wanted: Any) -> float:
     """Relative error (2-norm) of one tensor."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def macs(model: nn.Module, *args: Any) -> int:

@@ -20,11 +20,11 @@ def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
     """Features [start, stop) of `layer(x)`.
 
     Args:
-        layer: an `nn.Linear`, of which only these rows are computed; or what was put into its place
-            after the conversion (an adapter, a quantised layer), which is called.
+        layer: an `nn.Linear`, of which only these rows are computed; one with hooks, or what was
+            put into its place after the conversion (an adapter, a quantised layer), is called.
         x: (..., C).
     """
-    if type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         projected: Tensor = layer(x)
         return projected[..., start:stop]
     bias = None if layer.bias is None else weight_rows(layer.bias, start, stop)

@@ -90,7 +90,7 @@ class Guards:
         for name in self.bypassed:
             part = _part(block, name)
             if part._forward_hooks or part._forward_pre_hooks:
-                _warn_of_hooks(label, name)
+                _warn_of_hooks(block, label, name)
 
     def _ask(self, label: str, leaves: list[Any]) -> None:
         assert self.questions is not None
@@ -127,7 +127,11 @@ def _changed(label: str, setting: Setting, found: Any) -> str:
     )
 
 
-def _warn_of_hooks(label: str, name: str) -> None:
+def _warn_of_hooks(block: nn.Module, label: str, name: str) -> None:
+    told: set[str] = block.__dict__.setdefault("_dge_told_of_hooks", set())
+    if torch.compiler.is_compiling() or name in told:
+        return
+    told.add(name)
     warnings.warn(
         f"dgefx: a forward hook on {label}.{name} does not run: the converted block computes this "
         f"module's part for queries and for keys and values apart. Hook the block, or the layers "

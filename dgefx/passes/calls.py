@@ -26,6 +26,9 @@ _ASKS = frozenset(
     }
 )
 
+#: what entering `torch.autocast` calls
+_SWITCHES = frozenset({torch.set_autocast_enabled, torch.autocast_increment_nesting})
+
 
 def autocast_state() -> tuple[bool, ...]:
     """Whether autocast is on, by kind of device."""
@@ -38,7 +41,7 @@ class Calls:
     def __init__(self, reading: Callable[[], bool]) -> None:
         self._reading = reading
         self._functions: dict[str, None] = {}
-        self.asks_autocast = False
+        self.knows_autocast = False  # switches it or asks for it
         self._random = False
 
     def functions(self) -> tuple[str, ...]:
@@ -54,8 +57,8 @@ class Calls:
         elif isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             if called.__name__ == "apply":
                 self._functions[owner.__qualname__] = None
-        elif called in _ASKS and not _is_library(frame):
-            self.asks_autocast = True
+        elif called in _SWITCHES or (called in _ASKS and not _is_library(frame)):
+            self.knows_autocast = True
 
     @contextmanager
     def noted(self) -> Iterator[None]:

@@ -137,7 +137,7 @@ def _size_sources(node: fx.Node, values: dict[fx.Node, Any]) -> set[fx.Node]:
 
 def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, axis: int) -> bool:
     """Whether the first size of a tensor, or that of the images (`axis`) of one that is shaped as
-    the stream, is among what a number is made of."""
+    the stream, is among what a number is made of; or there are as many parts as images."""
     behind = _size_sources(node, values)
     for read in behind:
         if read.target is operator.getitem and isinstance(values[read], int):
@@ -151,7 +151,11 @@ def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, ax
         elif read.op == "call_method" and read.target == "size" and len(read.args) > 1:
             if read.args[1] in (0, axis):
                 return True
-    return isinstance(values[node], (Tensor, tuple, list))
+    value, images = values[node], values[stream].shape[axis]
+    if isinstance(value, Tensor):
+        return bool(value.dim()) and value.shape[0] % images == 0
+    counted = isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
+    return counted and len(value) > 0 and len(value) % images == 0
 
 
 def size_questions(

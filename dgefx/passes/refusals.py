@@ -35,6 +35,8 @@ KindName = Literal[
     "not traceable",
     "keeps state",
     "other gradients",
+    "decides by type",
+    "follows the batch size",
     "shapes follow the data",
     "train and eval differ",
     "mixes tokens",
@@ -182,6 +184,17 @@ KINDS: dict[KindName, Kind] = {
         False,
         "put the autograd function into a module of its own that works on every token alike (it "
         "stays a call), or mark a function that applies it with torch.fx.wrap",
+    ),
+    "decides by type": Kind(
+        False,
+        "convert and run the model in float32 (model.float(); autocast is fine), or put what "
+        "depends on the type into a module of its own that works on every token alike: it stays a "
+        "call",
+    ),
+    "follows the batch size": Kind(
+        False,
+        "take the batch size from x.shape or a -1 in view(), without int(), range() or a loop over "
+        "the images",
     ),
     "shapes follow the data": Kind(
         False, "switch off what selects, prunes or merges tokens by their values in the block"

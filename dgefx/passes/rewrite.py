@@ -24,6 +24,7 @@ from dgefx.nn.router import Router
 from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
+from dgefx.passes.decisions import follows_batch
 from dgefx.passes.grid import Layout
 from dgefx.passes.hold import guards_of, same_types
 from dgefx.passes.ops import op_name
@@ -57,6 +58,7 @@ class BlockPlan:
     eval_key: Hashable | None = None  # equal for blocks that do the same at any size, in eval mode
     guards: tuple[Guards, Guards] = (Guards(), Guards())  # of eval and of train mode
     functions: tuple[str, ...] = ()  # autograd functions that the trace went through
+    numbers_images: bool = False  # whether Python made a number of a batch size
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
 
     @property
@@ -146,6 +148,12 @@ def _require_stateless(traces: list[Trace]) -> None:
         )
 
 
+def _numbers_images(traced: Trace, layout: Layout, shape: tuple[int, ...], rank: int) -> bool:
+    stream, axis = _streams(traced, shape)[rank], layout.axis("B")
+    made = [*traced.decisions.numbers, *traced.decisions.branches]
+    return any(follows_batch(node, traced.values, stream, axis) for node in made)
+
+
 def plan_block(
     block: nn.Module,
     name: str,
@@ -221,7 +229,8 @@ def plan_block(
             guards_of(block, traces[0], _streams(traces[0], shape)[rank], evaluated.graph, types),
             guards_of(block, traces[1], _streams(traces[1], shape)[rank], trained.graph, types),
         ),
-        functions=traces[0].functions,
+        functions=traces[1].functions,
+        numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
     )
     if key is not None:
         twins.plans[key] = plan

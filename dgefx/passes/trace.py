@@ -156,8 +156,6 @@ class ConcolicTracer(fx.Tracer):
         self._autocast = autocast_state()
         #: modules whose forward was gone through
         self.entered: dict[str, type] = {}
-        #: whether the block switches autocast off, or asks for it
-        self.knows_autocast = False
         self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -214,7 +212,11 @@ class ConcolicTracer(fx.Tracer):
             return self.versions.current(a.node)
         if isinstance(a, Tensor) and any(shares_memory(a, t) for t in self._changed_constants):
             raise TraceError("a constant tensor is read after a computed value changed it")
-        made = super().create_arg(a)
+        before, self.executing = self.executing, True  # what fx notes down on the root is its own
+        try:
+            made = super().create_arg(a)
+        finally:
+            self.executing = before
         if isinstance(made, fx.Node) and made not in self.values:
             self.values[made] = self._execute(made)
         return made
@@ -228,11 +230,8 @@ class ConcolicTracer(fx.Tracer):
         """Under which of PyTorch's modes the block makes a node."""
         if not torch.is_grad_enabled():
             self._without_grad.add(node)
-        state = autocast_state()
-        if state != self._autocast:
-            self.knows_autocast = True
-            if any(state):
-                raise TraceError("the block switches torch.autocast on for a part of its forward")
+        if autocast_state() != self._autocast:
+            raise TraceError("the block switches torch.autocast on for a part of its forward")
 
     def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.create_node(kind, target, args, kwargs)
@@ -668,7 +667,7 @@ def _trace_copy(
         attributes.reads,
         tuple(attributes.changed()),
         calls.functions(),
-        tracer.knows_autocast or calls.asks_autocast,
+        calls.knows_autocast,
     )
 
 

@@ -97,14 +97,18 @@ def stream_leaf(leaves: list[Any], plan: BlockPlan, shape: tuple[int, ...]) -> i
     return found
 
 
-def _with_stream(call: Call, plan: BlockPlan, shape: tuple[int, ...], stream: Tensor) -> Call:
+def replaced_stream(
+    call: Call, plan: BlockPlan, shape: tuple[int, ...], stream: Tensor
+) -> Call:
+    """The block's call with another stream."""
     leaves, spec = pytree.tree_flatten(call)
     leaves[stream_leaf(leaves, plan, shape)] = stream
     replaced: Call = pytree.tree_unflatten(leaves, spec)
     return replaced
 
 
-def _stream(call: Call, plan: BlockPlan, shape: tuple[int, ...]) -> Tensor:
+def stream_of(call: Call, plan: BlockPlan, shape: tuple[int, ...]) -> Tensor:
+    """The stream among the arguments of the block's call."""
     leaves = pytree.tree_leaves(call)
     found: Tensor = leaves[stream_leaf(leaves, plan, shape)]
     return found
@@ -212,16 +216,16 @@ def verify_block(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
         copied = copy_block(dense)
         randomise_constants(copied)
-        example = _stream(call, plan, shape)
+        example = stream_of(call, plan, shape)
         noise = torch.randn(example.shape, generator=generator).to(example)
-        probe = _with_stream(call, plan, shape, noise)
+        probe = replaced_stream(call, plan, shape, noise)
         for training in (False,) if twin_passed else (False, True):
             # two copies: train mode may update running statistics
             reference, other = copied, copied
             if training:
                 reference, other = copy_block(copied), copy_block(copied)
             reference.train(training)
-            converted = build_block(other.train(training), plan, config, _grid_shape(plan))
+            converted = converted_copy(other.train(training), plan, config)
             label = "train mode at the finest granularity" if training else "the finest granularity"
             # what is drawn once for two images is the same for both by chance
             for seed in range(3 if training and config.packs else 1):
@@ -239,11 +243,16 @@ def verify_block(
         # train mode draws dropout per query: its mixed queries are checked for being finite only
         if not plan.train_code.is_same(plan.eval_code) and not twin_passed:
             trained = copy_block(copied).train()
-            converted = build_block(trained, plan, config, _grid_shape(plan))
+            converted = converted_copy(trained, plan, config)
             _verify_mixed(None, converted, plan, call, shape, config, generator)
         copied.eval()
-        converted = build_block(copied, plan, config, _grid_shape(plan))
+        converted = converted_copy(copied, plan, config)
         _verify_mixed(copied, converted, plan, call, shape, config, generator)
+
+
+def converted_copy(dense: nn.Module, plan: BlockPlan, config: DGEConfig) -> DGEBlock:
+    """The converted block around a copy of the dense one, at the finest granularity."""
+    return build_block(dense, plan, config, _grid_shape(plan))
 
 
 def _grid_shape(plan: BlockPlan) -> GridShape | None:
@@ -261,7 +270,7 @@ def _verify_mixed(
 ) -> None:
     """Random granularities: shapes, finiteness and, with `dense`, two identities, in some of the
     images each: input that is constant within patches, and tokens that are their own queries."""
-    like = _stream(call, plan, shape)
+    like = stream_of(call, plan, shape)
     images = plan.layout.images(tuple(like.shape))
     levels = random_levels(converted, images, generator).to(like.device)
     constant = _constant_images(plan, images, config).to(like.device)
@@ -273,7 +282,7 @@ def _verify_mixed(
         return routings[0]
 
     handle = converted.dge_router.register_forward_hook(route)
-    probe = _with_stream(call, plan, shape, stream)
+    probe = replaced_stream(call, plan, shape, stream)
     try:
         found = _run(converted, probe)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:

@@ -1,0 +1,254 @@
+"""Pass 6c, more of what is verified once per block: gradients, its own floating type, its images.
+
+Outputs that are equal in float32 for two images say nothing of a backward pass that was written by
+hand, of a branch on the type or of a number made of the batch size. Called by `dgefx.analysis`
+after `passes.verify`, once for blocks that run the same code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from dgefx.config import DGEConfig
+from dgefx.passes.capture import Call
+from dgefx.passes.chance import WithoutChance
+from dgefx.passes.forms import randomise_constants
+from dgefx.passes.rewrite import BlockPlan
+from dgefx.passes.trace import copy_block
+from dgefx.passes.verify import (
+    converted_copy,
+    is_close,
+    output_tensors,
+    replaced_stream,
+    stream_of,
+)
+from dgefx.passes.worlds import Refused
+
+#: of a gradient, relative to its own norm and to that of all of them; float32 inside the block (a
+#: norm that casts) leaves 1e-6 even in float64
+_OWN, _ALL = 1e-4, 1e-6
+_OWN_FLOAT32, _ALL_FLOAT32 = 1e-2, 1e-4
+
+
+def verify_gradients(
+    dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
+) -> None:
+    """Compare the gradients of the stream and of all parameters at the finest granularity, in train
+    mode without chance, in float64 or, where the block has float32 written into it, in that.
+
+    Raises:
+        Refused: they differ.
+    """
+    for dtype, own, whole in (
+        (torch.float64, _OWN, _ALL),
+        (torch.float32, _OWN_FLOAT32, _ALL_FLOAT32),
+    ):
+        pair = _both_gradients(dense, plan, call, shape, config, dtype)
+        if pair is None:
+            continue
+        found, wanted = pair
+        total = sum(float(g.norm()) ** 2 for g in wanted.values()) ** 0.5
+        for name, gradient in wanted.items():
+            error = float((found[name] - gradient).norm())
+            if not error <= own * float(gradient.norm()) + whole * total:
+                raise _other_gradient(plan, name, error, gradient)
+        return
+
+
+def _other_gradient(plan: BlockPlan, name: str, error: float, wanted: Tensor) -> Refused:
+    if plan.functions:
+        return Refused(
+            f"its gradients would be others: {' and '.join(plan.functions)} has a backward pass of "
+            f"its own, which the converted block would leave out",
+            "other gradients",
+        )
+    return Refused(
+        f"verification: the gradient of {name} differs from the dense block's by {error:.1e}, of "
+        f"{float(wanted.norm()):.1e}",
+        "verification failed",
+    )
+
+
+def _both_gradients(
+    dense: nn.Module,
+    plan: BlockPlan,
+    call: Call,
+    shape: tuple[int, ...],
+    config: DGEConfig,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """(of the converted block, of the dense one); None where the dense one has none."""
+    reference = copy_block(dense).train()
+    randomise_constants(reference)
+    noise = torch.randn(
+        stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(6)
+    )
+    try:
+        reference = reference.to(dtype)
+        other = copy_block(reference)
+        wanted = _gradients(reference, reference, plan, call, shape, noise, dtype)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    converted = converted_copy(other, plan, config).to(dtype)
+    try:
+        return _gradients(converted, other, plan, call, shape, noise, dtype), wanted
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        if dtype is torch.float64:
+            return None
+        raise Refused(
+            f"verification: the backward pass of the converted block fails: {error}",
+            "verification failed",
+        ) from error
+
+
+def _gradients(
+    module: nn.Module,
+    holder: nn.Module,
+    plan: BlockPlan,
+    call: Call,
+    shape: tuple[int, ...],
+    noise: Tensor,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Gradients by name; zeros where there is none.
+
+    Args:
+        holder: whose parameters are asked for; `module` runs on them.
+    """
+    wanted = {n: p for n, p in holder.named_parameters() if p.is_floating_point()}
+    for parameter in wanted.values():
+        parameter.requires_grad_(True)
+    stream = noise.to(stream_of(call, plan, shape)).to(dtype).requires_grad_(True)
+    wanted["its input"] = stream  # type: ignore[assignment]
+    args, kwargs = _in_type(replaced_stream(call, plan, shape, stream), dtype)
+    with torch.enable_grad(), WithoutChance():
+        output = output_tensors(module(*args, **kwargs))[0]
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+        loss = (output * weights.to(output)).sum()
+        gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(value) if gradient is None else gradient
+        for (name, value), gradient in zip(wanted.items(), gradients, strict=True)
+    }
+
+
+def _in_type(call: Call, dtype: torch.dtype) -> Call:
+    """The call with other floating point tensors of this type, on copies."""
+
+    def cast(value: Tensor) -> Tensor:
+        if value.requires_grad:
+            return value * 1.0  # a block may write into its input
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+
+    made: Call = pytree.tree_map_only(Tensor, cast, call)
+    return made
+
+
+def verify_type(
+    dense: nn.Module,
+    plan: BlockPlan,
+    call: Call,
+    shape: tuple[int, ...],
+    config: DGEConfig,
+    dtype: torch.dtype,
+) -> None:
+    """Compare both blocks once in the model's own floating type, at the finest granularity.
+
+    Raises:
+        Refused: the block branches otherwise in that type, or yields something else.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in plan.guards[0].types & plan.guards[1].types:
+        raise Refused(
+            f"it decides by the floating type, and otherwise in {name}, which the model is in, than "
+            f"in float32, in which conversions are verified",
+            "decides by type",
+        )
+    if dtype is torch.float32:
+        return
+    reference = copy_block(dense).eval().to(dtype)
+    noise = torch.randn(
+        stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(8)
+    )
+    stream = noise.to(stream_of(call, plan, shape)).to(dtype)
+    probe = replaced_stream(call, plan, shape, stream)
+    with torch.no_grad():
+        try:
+            args, kwargs = _in_type(probe, dtype)
+            wanted = output_tensors(reference(*args, **kwargs))[0]
+        except (RuntimeError, TypeError, NotImplementedError):  # not on this device
+            return
+        args, kwargs = _in_type(probe, dtype)
+        converted = converted_copy(copy_block(reference), plan, config).to(dtype)
+        found = output_tensors(converted(*args, **kwargs))[0]
+    before = torch.zeros_like(stream) if plan.layout.update else stream
+    update = float((wanted - before).double().norm())
+    error = float((found - wanted).double().norm())
+    # some roundings of the update, one of the sum with the stream
+    eps = torch.finfo(dtype).eps
+    if not error <= eps * (32 * update + 2 * float(before.double().norm())):
+        raise Refused(
+            f"verification: in {name} it differs from the dense block by {error:.1e} of an update of "
+            f"{update:.1e}",
+            "verification failed",
+        )
+
+
+def verify_images(
+    dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
+) -> None:
+    """Compare both blocks on one image and on three, where Python made a number of a batch size.
+
+    Raises:
+        Refused: the converted block keeps to the batch size of the example.
+    """
+    images = shape[plan.layout.axis("B")]
+    for count in (1, 3):
+        chosen = torch.arange(count) % images
+        probe = _of_images(call, plan, shape, chosen)
+        stream = _stream_axis(stream_of(call, plan, shape), plan, chosen)
+        with torch.no_grad():
+            reference = copy_block(dense).eval()
+            randomise_constants(reference)
+            converted = converted_copy(copy_block(reference), plan, config)
+            try:
+                args, kwargs = _in_type(probe, stream.dtype)
+                wanted = output_tensors(reference(*args, **kwargs))[0]
+            except Exception:  # user code may raise anything
+                continue
+            try:
+                args, kwargs = _in_type(probe, stream.dtype)
+                found = output_tensors(converted(*args, **kwargs))[0]
+                same = is_close(found, wanted, 0 * stream if plan.layout.update else stream)
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                same = False
+        if not same:
+            raise Refused(
+                f"it makes a number of the batch size, with which it was traced for {images} "
+                f"images: for {count} it does something else",
+                "follows the batch size",
+            )
+
+
+def _stream_axis(stream: Tensor, plan: BlockPlan, chosen: Tensor) -> Tensor:
+    return stream.index_select(plan.layout.axis("B"), chosen.to(stream.device))
+
+
+def _of_images(call: Call, plan: BlockPlan, shape: tuple[int, ...], chosen: Tensor) -> Call:
+    """The call with these images of the stream, and of all that has as many on its first axis."""
+    images = shape[plan.layout.axis("B")]
+    stream = stream_of(call, plan, shape)
+
+    def pick(value: Any) -> Any:
+        if value is stream:
+            return _stream_axis(stream, plan, chosen)
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == images:
+            return value.index_select(0, chosen.to(value.device))
+        return value
+
+    made: Call = pytree.tree_map(pick, call)
+    return made

@@ -1,0 +1,429 @@
+"""What a trace would fix or lose of users' code: kept, noticed when it changes, or refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dgefx
+from dgefx.nn.block import DGEBlock
+from tests.helpers import error, images
+from tests.robust.user_blocks import (
+    DIM,
+    UserAttention,
+    UserBlock,
+    UserModel,
+    UserNorm,
+    with_change,
+)
+
+X = images(2, 64)
+
+
+def finest(model: nn.Module, x: Tensor = X) -> nn.Module:
+    return dgefx.convert(model, 1.0, example_inputs=x)
+
+
+def refusal(model: nn.Module) -> str:
+    """The reason why the blocks stay dense."""
+    (reason,) = {b.reason for b in dgefx.explain(model, example_inputs=X).blocks}
+    return reason
+
+
+def gradients(model: nn.Module, x: Tensor = X) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {**found, "input": x.grad}  # type: ignore[dict-item]
+
+
+def assert_same_gradients(found: nn.Module, wanted: nn.Module, x: Tensor = X) -> None:
+    a, b = gradients(found, x), gradients(wanted, x)
+    assert a.keys() == b.keys()
+    scale = max(float(g.norm()) for g in b.values())
+    for name, gradient in b.items():
+        assert float((a[name] - gradient).norm()) <= 1e-5 * scale, name
+
+
+# -- types -----------------------------------------------------------------------------------------
+
+
+def clamp_half(h: Tensor) -> Tensor:
+    if h.dtype == torch.float16:
+        h = h.clamp(-1e-3, 1e-3)
+    return h
+
+
+def test_a_branch_on_the_type_is_noticed_when_the_type_changes() -> None:
+    converted = finest(UserModel(with_change("", clamp_half)).eval())
+    assert error(converted(X), UserModel(with_change("", clamp_half)).eval()(X)) < 1e-5
+    with pytest.raises(ValueError, match=r"blocks\.0 decides by the floating type.*float16"):
+        copy.deepcopy(converted).half()(X.half())
+    dense = UserModel(with_change("", clamp_half)).eval()
+    assert error(converted.double()(X.double()), dense.double()(X.double())) < 1e-6
+
+
+def test_a_model_in_a_type_in_which_it_branches_otherwise_is_refused() -> None:
+    assert "in float16, which the model is in" in refusal(
+        UserModel(with_change("", clamp_half)).half().eval()
+    )
+
+
+def test_a_branch_on_the_type_in_a_module_of_tokens_is_kept() -> None:
+    dense = UserModel(with_change("mlp", clamp_half)).half().eval()
+    converted = finest(dense)
+    with torch.no_grad():
+        reference = UserModel(with_change("mlp", lambda h: h.clamp(-1e-3, 1e-3))).eval()(X)
+        own = error(dense(X.half()), reference)
+        assert error(converted(X.half()), reference) < 2 * own < 0.01
+
+
+def clamp_infinite(h: Tensor) -> Tensor:
+    if h.dtype == torch.float16 and not torch.isfinite(h).all():
+        h = h.clamp(-1e4, 1e4)
+    return h
+
+
+def test_a_clamp_of_what_is_not_finite_is_the_same_in_every_type() -> None:
+    converted = finest(UserModel(with_change("", clamp_infinite)).half().eval())
+    assert bool(torch.isfinite(converted(X.half())).all())
+
+
+def with_own_autocast(h: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return h.float() @ torch.eye(DIM) * 1.0
+
+
+def asking_autocast(h: Tensor) -> Tensor:
+    return h * 0.5 if torch.is_autocast_enabled("cpu") else h
+
+
+@pytest.mark.parametrize("change", [with_own_autocast, asking_autocast])
+def test_what_knows_of_autocast_refuses_to_run_under_it(change: Any) -> None:
+    dense = UserModel(with_change("", change)).eval()
+    converted = finest(dense)
+    assert error(converted(X), dense(X)) < 1e-5
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"blocks\.0 switches autocast off inside"),
+    ):
+        converted(X)
+
+
+def test_a_module_of_tokens_keeps_its_own_autocast() -> None:
+    dense = UserModel(with_change("mlp", asking_autocast)).eval()
+    converted = finest(dense)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert error(converted(X), dense(X)) < 0.01
+        assert error(dense(X), UserModel().eval()(X)) > 0.05
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 0.1
+
+
+@pytest.mark.parametrize("function", [StraightThrough, Scaled])
+@pytest.mark.parametrize("part", ["", "attn"])
+def test_a_function_with_a_backward_of_its_own_is_refused(function: Any, part: str) -> None:
+    reason = refusal(UserModel(with_change(part, function.apply)))
+    assert f"{function.__name__} has a backward pass of its own" in reason
+
+
+@pytest.mark.parametrize("function", [StraightThrough, Scaled])
+def test_a_module_of_tokens_keeps_its_backward(function: Any) -> None:
+    dense = UserModel(with_change("mlp", function.apply))
+    plain = UserModel()
+    converted = finest(dense)
+    assert_same_gradients(converted, dense)
+    wanted = gradients(plain)["blocks.0.mlp.fc1.weight"]
+    assert error(gradients(dense)["blocks.0.mlp.fc1.weight"], wanted) > 0.01
+
+
+def without_grad(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = h.sigmoid() * 2
+    return h * weight
+
+
+def detached(h: Tensor) -> Tensor:
+    return h + (h.sin() - h).detach()
+
+
+@pytest.mark.parametrize("change", [without_grad, detached])
+@pytest.mark.parametrize("part", ["", "attn", "mlp"])
+def test_gradients_stop_where_they_do_in_the_dense_block(change: Any, part: str) -> None:
+    dense = UserModel(with_change(part, change))
+    assert_same_gradients(finest(dense), dense)
+
+
+# -- attributes ------------------------------------------------------------------------------------
+
+
+class Told(UserBlock):
+    """Is told its sizes, as in the original code of Swin."""
+
+    H = W = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        y = self.attn(self.norm1(x)).transpose(1, 2).reshape(b, c, self.H, self.W)
+        x = x + (y - F.avg_pool2d(y, 3, 1, 1)).flatten(2).transpose(1, 2)
+        return x + self.mlp(self.norm2(x))
+
+
+class Telling(UserModel):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            block.H, block.W = height, width
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def right_or_told(call: Callable[[], Tensor], wanted: Tensor, match: str) -> None:
+    """The right value or an error that names the cause."""
+    try:
+        found = call()
+    except ValueError as caught:
+        assert match in str(caught)
+    else:
+        assert error(found, wanted) < 1e-5
+
+
+def test_a_block_that_is_told_its_sizes_follows_them_or_says_so() -> None:
+    dense = Telling(Told).eval()
+    x = images(2, (64, 96))
+    converted = finest(dense, x)
+    assert error(converted(x), dense(x)) < 1e-5
+    for size in ((96, 64), (64, 64), (128, 96)):
+        other = images(2, size)
+        right_or_told(lambda x=other: converted(x), dense(other), "blocks.0: ")
+
+
+class KeepsLast(UserBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x = super().forward(x)
+        return x
+
+
+class CountsCalls(UserBlock):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("make", "name"), [(KeepsLast, "last"), (CountsCalls, "calls")])
+def test_what_forward_sets_is_refused(make: Any, name: str) -> None:
+    assert f"its forward sets {name} on the module" in refusal(UserModel(make))
+
+
+class Caches(UserBlock):
+    """Fills in what it makes once; that is no state."""
+
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = torch.linspace(0, 1, DIM)
+        return super().forward(x) * 1.0 + 0 * self.mask
+
+
+def test_a_cache_that_is_filled_once_converts() -> None:
+    dense = UserModel(Caches).eval()
+    assert error(finest(dense)(X), dense(X)) < 1e-5
+
+
+def scale_of(model: Any) -> None:
+    model.blocks[1].attn.scale = 0.1
+
+
+def drop_of(model: Any) -> None:
+    model.blocks[1].attn.drop = 0.5
+
+
+def eps_of(model: Any) -> None:
+    model.blocks[1].norm1.eps = 1.0
+
+
+def norm_of(model: Any) -> None:
+    model.blocks[1].norm1 = nn.RMSNorm(DIM)
+
+
+def attention_of(model: Any) -> None:
+    model.blocks[1].attn = type("Other", (nn.Linear,), {})(DIM, DIM)
+
+
+@pytest.mark.parametrize("change", [scale_of, drop_of, eps_of, norm_of, attention_of])
+def test_what_is_changed_after_the_conversion_is_taken_or_named(change: Any) -> None:
+    dense = UserModel().train()
+    converted = finest(dense)
+    for model in (dense, converted):
+        torch.manual_seed(1)
+        change(model)
+        torch.manual_seed(1)
+    before = UserModel().train()(X)
+    wanted = dense(X)
+    assert error(wanted, before) > 1e-4
+    torch.manual_seed(1)
+    right_or_told(lambda: converted(X), wanted, "block blocks.1: ")
+
+
+def test_a_part_in_another_mode_is_named() -> None:
+    dense = UserModel()
+    for block in dense.blocks:
+        block.attn.drop = 0.5
+    converted = finest(dense).train()
+    converted.blocks[1].attn.eval()
+    with pytest.raises(ValueError, match=r"block blocks\.1: attn is in eval mode"):
+        converted(X)
+    converted.eval()
+    dense.eval()
+    assert error(converted(X), dense(X)) < 1e-5
+
+
+# -- branches --------------------------------------------------------------------------------------
+
+
+def by_nonzero(h: Tensor) -> Tensor:
+    hot = (h.abs().amax((1, 2)) > 20).nonzero()
+    return h * 0.5 if hot.shape[0] else h
+
+
+def by_count(h: Tensor) -> Tensor:
+    return h * 0.5 if h[h > 20].numel() else h
+
+
+def by_length(h: Tensor) -> Tensor:
+    return h * 0.5 if len(h[h > 20]) else h
+
+
+@pytest.mark.parametrize("change", [by_nonzero, by_count, by_length])
+def test_branches_on_data_through_a_size_are_refused(change: Any) -> None:
+    assert "a branch or number follows the value of" in refusal(UserModel(with_change("", change)))
+
+
+def by_tokens(h: Tensor) -> Tensor:
+    return h * 0.5 if h.shape[1] > 1000 else h
+
+
+def by_parity(h: Tensor) -> Tensor:
+    return h * 0.5 if h.shape[1] % 2 else h
+
+
+def by_images(h: Tensor) -> Tensor:
+    return h * 0.5 if h.shape[0] > 2 else h
+
+
+@pytest.mark.parametrize(
+    ("change", "x"),
+    [
+        (by_tokens, images(1, (320, 256))),
+        (by_parity, images(2, (72, 72))),
+        (by_images, images(3, 64)),
+    ],
+)
+def test_branches_on_sizes_are_asked_at_run_time(change: Any, x: Tensor) -> None:
+    dense = UserModel(with_change("", change)).eval()
+    try:
+        converted = finest(dense)
+    except ValueError as refused:
+        assert "the batch size" in str(refused)
+        return
+    assert error(converted(X), dense(X)) < 1e-5
+    with pytest.raises(ValueError, match=r"blocks\.0 (decides by the size|got)"):
+        converted(x)
+
+
+def loops_over_images(h: Tensor) -> Tensor:
+    return torch.stack([h[i] * 0.5 for i in range(h.shape[0])])
+
+
+def divides_by_images(h: Tensor) -> Tensor:
+    return h / float(h.shape[0])
+
+
+@pytest.mark.parametrize("change", [loops_over_images, divides_by_images])
+def test_numbers_made_of_the_batch_size_are_refused(change: Any) -> None:
+    assert "it makes a number of the batch size" in refusal(UserModel(with_change("", change)))
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+def test_hooks_on_norms_and_fused_projections_and_mlps_fire() -> None:
+    model = finest(UserModel().eval())
+    seen: list[str] = []
+    for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1"):
+        model.blocks[0].get_submodule(name).register_forward_hook(  # type: ignore[union-attr]
+            lambda _m, _a, _o, name=name: seen.append(name)
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = UserModel().eval()(X)
+        assert error(model(X), wanted) < 1e-5
+    assert set(seen) == {"norm1", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1"}
+
+
+def test_hooks_that_change_values_are_kept() -> None:
+    for name in ("norm1", "attn.qkv", "mlp"):
+        dense = UserModel().eval()
+        converted = finest(dense)
+        plain = dense(X)
+        for model in (dense, converted):
+            model.blocks[0].get_submodule(name).register_forward_hook(  # type: ignore[union-attr]
+                lambda _m, _a, o: o * 1.5
+            )
+        assert error(dense(X), plain) > 1e-4
+        assert error(converted(X), dense(X)) < 1e-5
+
+
+def test_a_hook_that_does_not_run_is_told_of_once() -> None:
+    model = finest(UserModel().eval())
+    model.blocks[0].attn.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match=r"a forward hook on blocks\.0\.attn does not run") as told:
+        model(X)
+        model(X)
+    assert len(told) == 1
+
+
+def test_copies_and_pickles_keep_their_guards() -> None:
+    converted = finest(UserModel().eval())
+    for made in (copy.deepcopy(converted),):
+        assert error(made(X), converted(X)) == 0
+        made.blocks[0].attn.scale = 0.3  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match=r"attn\.scale was"):
+            made(X)
+    block = converted.blocks[0]
+    assert isinstance(block, DGEBlock) and isinstance(block, UserBlock)
+    assert isinstance(block.attn, UserAttention) and type(block.norm1) is UserNorm
