@@ -43,19 +43,43 @@ def is_setting(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
+#: what stands for the two in the names of attributes
+_HEIGHT_AND_WIDTH = (("H", "W"), ("h", "w"), ("height", "width"), ("rows", "columns"))
+
+
+def told_sizes(block: nn.Module, grid: tuple[int, int]) -> dict[tuple[str, str], int]:
+    """(module, attribute) -> axis of the grid, of the numbers that a model may tell a block its
+    grid by, as in `block.H, block.W = H, W`."""
+    found: dict[tuple[str, str], int] = {}
+    for part, module in block.named_modules():
+        own = {name: value for name, value in vars(module).items() if type(value) is int}
+        for name, value in own.items():
+            beside = {name.replace(a, b) for a, b in _HEIGHT_AND_WIDTH if a in name}
+            for other in sorted(beside):
+                if value == grid[0] and own.get(other) == grid[1]:
+                    found[part, name], found[part, other] = 0, 1
+    return found
+
+
 @dataclass
 class Attributes:
     """reads: settings by (module, attribute), as they were first read. writes: the first value that
-    forward set, by the same. `reading` says whether the code that runs is the traced one."""
+    forward set, by the same. `reading` says whether the code that runs is the traced one, `live`
+    what it gets for attributes that stay reads in the traced graph."""
 
     reading: Callable[[], bool]
+    live: Callable[[str, str, Any], Any]
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     writes: dict[tuple[str, str], tuple[Any, Any]] = field(default_factory=dict)
 
-    def read(self, module: str, name: str, value: Any) -> None:
-        """Note a read, unless forward itself has set what it reads."""
-        if self.reading() and (module, name) not in self.writes and is_setting(value):
+    def read(self, module: str, name: str, value: Any) -> Any:
+        """Note a read, unless forward itself has set what it reads; what the code gets."""
+        if not self.reading() or (module, name) in self.writes or not is_setting(value):
+            return value
+        found = self.live(module, name, value)
+        if found is value:
             self.reads.setdefault((module, name), value)
+        return found
 
     def write(self, module: str, name: str, before: Any, value: Any) -> None:
         """Note a write."""
@@ -80,7 +104,7 @@ def _watching_type(kind: type, name: str, log: Attributes) -> type:
         value = kind.__getattribute__(self, attribute)
         own = object.__getattribute__(self, "__dict__")
         if attribute in own and attribute not in _MACHINERY:
-            log.read(name, attribute, value)
+            return log.read(name, attribute, value)
         return value
 
     def write(self: nn.Module, attribute: str, value: Any) -> None:

@@ -214,7 +214,12 @@ class Splitter:
             return tuple(self.graph.call_method("size", (stream, axis)) for axis in axes)
         pair = size_inputs(self.trace, self.layout)
         if pair is not None:
-            return (self.context[pair[0]], self.context[pair[1]])
+            return tuple(
+                self.graph.create_node("get_attr", size.target)
+                if size.op == "get_attr"
+                else self.context[size]
+                for size in pair
+            )
         self.needs_grid_shape = True
         count = self.graph.call_method("size", (self.tokens, 1))
         if self.layout.prefix:

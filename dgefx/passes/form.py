@@ -70,9 +70,11 @@ def stream_form(layout: Layout) -> Form:
 
 
 def size_inputs(trace: Trace, layout: Layout) -> tuple[fx.Node, fx.Node] | None:
-    """The block's arguments that hold the grid's rows and columns, if it takes them."""
+    """The block's arguments, or attributes, that hold the grid's rows and columns, if any do."""
     sizes = [
-        n for n in trace.graph.nodes if n.op == "placeholder" and isinstance(trace.values[n], int)
+        n
+        for n in trace.graph.nodes
+        if n.op in ("placeholder", "get_attr") and isinstance(trace.values[n], int)
     ]
     for rows, columns in itertools.pairwise(sizes):
         if (trace.values[rows], trace.values[columns]) == layout.grid:

@@ -56,7 +56,7 @@ def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
 
 def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype) -> bool:
     try:
-        other = trace(block, traced.spec, traced.root.training, dtype)
+        other = trace(block, traced.spec, traced.root.training, dtype, traced.grid)
     except TraceError:
         return False
     return _source(traced.graph) == _source(other.graph)

@@ -190,7 +190,7 @@ def plan_block(
     key = call_structure(block, spec, shape, layout)
     if key is not None and key in twins.plans:
         return twins.plans[key].renamed(name, layout.source)
-    traces = [trace(block, spec, training, dtype) for training in (False, True)]
+    traces = [trace(block, spec, training, dtype, layout.grid) for training in (False, True)]
     _require_stateless(traces)
     types = frozenset.intersection(*(same_types(block, traced) for traced in traces))
     first, rank = _split(traces[0], layout, shape, packs, name, twins)

@@ -19,6 +19,7 @@ from dgefx.config import DGEConfig
 from dgefx.kernels.layout import has_parts
 from dgefx.nn.block import GridShape
 from dgefx.nn.windows import WindowRule
+from dgefx.passes.attributes import told_sizes
 from dgefx.passes.capture import Call
 from dgefx.passes.forms import randomise_constants
 from dgefx.passes.rewrite import BlockPlan, build_block
@@ -27,8 +28,6 @@ from dgefx.passes.verify import is_close, output_tensors, stream_leaf
 
 #: tokens of all images whose attention is quick, and its scores, written out, are small
 _MANY = 2048
-#: what stands for the two in the names of attributes
-_HEIGHT_AND_WIDTH = (("H", "W"), ("h", "w"), ("height", "width"), ("rows", "columns"))
 
 
 def call_at(
@@ -66,6 +65,7 @@ def _agrees(
     # copies: a block may note down the size that it saw, and write its update into its input
     reference = copy_block(dense).eval()
     randomise_constants(reference)
+    _tell(reference, plan, grid)
     other = copy_block(reference)
     with torch.no_grad():
         try:
@@ -83,18 +83,10 @@ def _agrees(
     return is_close(output_tensors(found)[0], output_tensors(wanted)[0], before)
 
 
-def _is_told_by_attributes(block: nn.Module, grid: tuple[int, int]) -> bool:
-    """Whether the model may set the sizes as attributes, as `block.H, block.W = H, W`: the block
-    alone computes with those of the last image, on any grid."""
-    for module in block.modules():
-        own = {name: v for name, v in vars(module).items() if type(v) in (int, tuple, list)}
-        for name, value in own.items():
-            if value in (grid, list(grid)):
-                return True
-            beside = {name.replace(a, b) for a, b in _HEIGHT_AND_WIDTH if a in name}
-            if value == grid[0] and any(own.get(other) == grid[1] for other in beside):
-                return True
-    return False
+def _tell(block: nn.Module, plan: BlockPlan, grid: tuple[int, int]) -> None:
+    """Set the sizes that a model tells its block by attributes."""
+    for (part, name), axis in told_sizes(block, plan.layout.grid).items():
+        setattr(block.get_submodule(part), name, grid[axis])
 
 
 def bound(
@@ -116,7 +108,7 @@ def bound(
         rule = _bound_rule(rule, plan.layout.grid, others, agrees)
         return dataclasses.replace(plan, windows=rule)
     unknown = plan.layout.places is not None or has_parts(plan.layout.order)
-    if unknown or _is_told_by_attributes(dense, plan.layout.grid):
+    if unknown:
         return plan
     found = [agrees(*grid) for grid in _other_grids(plan.layout.grid, images)]
     return dataclasses.replace(plan, only_here=False in found)

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.attributes import Attributes, watched
+from dgefx.passes.attributes import Attributes, told_sizes, watched
 from dgefx.passes.calls import Calls, autocast_state
 from dgefx.passes.decisions import Decisions, has_shape_of_data
 from dgefx.passes.mutation import (
@@ -65,7 +65,7 @@ class ConcolicProxy(fx.Proxy):
         self.tracer.set_item(self, index, value)
 
     def __len__(self) -> int:
-        return len(self.tracer.fixed(self))
+        return len(self.tracer.counted(self))
 
     def __index__(self) -> int:
         return operator.index(self.tracer.fixed(self))
@@ -151,6 +151,7 @@ class ConcolicTracer(fx.Tracer):
         self.versions = Versions(self.values, self._emit, self._run)
         self._changed_constants: list[Tensor] = []
         self._apart: dict[nn.Module, bool] = {}
+        self._told: dict[str, fx.Proxy] = {}
         self._dtype = dtype
         self._without_grad: set[fx.Node] = set()
         self._autocast = autocast_state()
@@ -331,6 +332,13 @@ class ConcolicTracer(fx.Tracer):
 
     # -- what Python asks --------------------------------------------------------------------
 
+    def told(self, module: str, name: str) -> fx.Proxy:
+        """A size that the model sets as an attribute: read anew in every call."""
+        target = f"{module}.{name}" if module else name
+        if target not in self._told:
+            self._told[target] = self.create_proxy("get_attr", target, (), {})
+        return self._told[target]
+
     @property
     def decisions(self) -> Decisions:
         """What Python has asked of the traced values so far."""
@@ -396,6 +404,17 @@ class ConcolicTracer(fx.Tracer):
         self.decisions.number(now)
         return self.values[now]
 
+    def counted(self, obj: fx.Proxy) -> Any:
+        """The value whose parts Python counts."""
+        now = self.versions.current(obj.node)
+        value = self.values[now]
+        if not tensors_of(value):
+            return self.fixed(obj)
+        if has_shape_of_data(now, self.values, self.root):
+            raise TraceError(f"a branch or number follows the value of {now.name}, by its size")
+        self.decisions.number(now)
+        return value
+
     def refuse_data(self, node: fx.Node) -> None:
         """Raise TraceError where Python is about to fix a number that follows the block's data, or
         a parameter, which may be trained. The size of what is selected by its values follows them.
@@ -419,7 +438,7 @@ class ConcolicTracer(fx.Tracer):
                     front.append(source)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        value = self.fixed(obj)
+        value = self.counted(obj)
         count = value.shape[0] if isinstance(value, Tensor) else len(value)
         return iter([operator.getitem(obj, i) for i in range(count)])
 
@@ -493,6 +512,7 @@ class Trace:
     spec: CallSpec
     values: dict[fx.Node, Any]
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer of the block
+    grid: tuple[int, int] | None
     decisions: Decisions
     apart: frozenset[str]  # modules that stay calls, see `passes.tokenwise`
     entered: dict[str, type]  # modules that were gone through, and of what class they are
@@ -603,7 +623,11 @@ def _wrapped_functions(opaque: bool) -> Iterator[None]:
 
 
 def trace(
-    block: nn.Module, spec: CallSpec, training: bool, dtype: torch.dtype = torch.float32
+    block: nn.Module,
+    spec: CallSpec,
+    training: bool,
+    dtype: torch.dtype = torch.float32,
+    grid: tuple[int, int] | None = None,
 ) -> Trace:
     """Trace `block` as `spec` calls it.
 
@@ -611,6 +635,7 @@ def trace(
         block: not changed; a copy is traced.
         training: trace the train-mode graph (dropout, drop path) instead of the eval one.
         dtype: take the branches of this floating type.
+        grid: of its tokens; attributes that tell it stay reads.
 
     Raises:
         TraceError: with the operation that could not be traced.
@@ -618,14 +643,19 @@ def trace(
     error: Exception | None = None
     for opaque in (False, True):
         try:
-            return _trace_copy(block, spec, training, opaque, dtype)
+            return _trace_copy(block, spec, training, opaque, dtype, grid)
         except Exception as found:  # any user code may raise anything while traced
             error = error or found
     raise TraceError(f"cannot be traced: {type(error).__name__}: {error}")
 
 
 def _trace_copy(
-    block: nn.Module, spec: CallSpec, training: bool, opaque: bool, dtype: torch.dtype
+    block: nn.Module,
+    spec: CallSpec,
+    training: bool,
+    opaque: bool,
+    dtype: torch.dtype,
+    grid: tuple[int, int] | None,
 ) -> Trace:
     """One attempt; `opaque` keeps custom modules and wrapped functions as calls."""
     root = shadow(block)
@@ -633,7 +663,12 @@ def _trace_copy(
     in_place = _make_functional(root)
     leaves = _childless(root) if opaque else frozenset()
     tracer = ConcolicTracer(spec, leaves, in_place, dtype)
-    attributes = Attributes(lambda: not tracer.executing)
+    told = {} if grid is None else told_sizes(root, grid)
+
+    def live(module: str, name: str, value: Any) -> Any:
+        return tracer.told(module, name) if (module, name) in told else value
+
+    attributes = Attributes(lambda: not tracer.executing, live)
     calls = Calls(lambda: not tracer.executing)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
@@ -653,14 +688,16 @@ def _trace_copy(
     names |= {n for n, _ in root.named_buffers(remove_duplicate=False)}
     constants = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in names:
-            constants[str(node.target)] = run_node(node, root, (), {})
+        if node.op == "get_attr" and isinstance(tracer.values[node], Tensor):
+            if node.target not in names:
+                constants[str(node.target)] = run_node(node, root, (), {})
     return Trace(
         graph,
         root,
         spec,
         tracer.values,
         constants,
+        grid,
         tracer.decisions,
         tracer.apart(),
         tracer.entered,
