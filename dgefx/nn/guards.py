@@ -7,7 +7,9 @@ that names the part, never ignored. Made by `passes.rewrite`, one for eval and o
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +53,37 @@ class Guards:
     knows_autocast: bool = False
     stream: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_holds", self._compiled())
+
     def __deepcopy__(self, _memo: Any) -> Guards:
         return self  # immutable
+
+    def __reduce__(self) -> Any:
+        return Guards, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+
+    def _compiled(self) -> Callable[[nn.Module], bool]:
+        """Whether settings and classes are the same and no hook is bypassed, as one expression: it
+        is asked in every call of every block."""
+        names: dict[str, Any] = {}
+        terms = ["True"]
+        for index, setting in enumerate(self.settings):
+            names[f"value_{index}"] = setting.value
+            terms.append(f"{_path(setting.module)}.{setting.name} == value_{index}")
+        for index, (name, kind) in enumerate(self.kinds):
+            names[f"kind_{index}"] = kind
+            terms.append(f"isinstance({_path(name)}, kind_{index})")
+        for name in self.bypassed:
+            hooks = (f"{_path(name)}._forward_hooks", f"{_path(name)}._forward_pre_hooks")
+            terms += [f"not {kept}" for kept in hooks]
+        made: Callable[[nn.Module], bool] = eval(f"lambda block: {' and '.join(terms)}", names)
+        return made
+
+    def _is_as_traced(self, block: nn.Module) -> bool:
+        try:
+            return self._holds(block)  # type: ignore[attr-defined, no-any-return]
+        except (AttributeError, KeyError):
+            return False
 
     def check(self, block: nn.Module, label: str, leaves: list[Any]) -> None:
         """Raise ValueError where the call would be computed wrongly, warn of hooks that do not run.
@@ -60,17 +91,8 @@ class Guards:
         Args:
             block: the converted block. label: its name. leaves: inputs of the generated code.
         """
-        for setting in self.settings:
-            found = getattr(_part(block, setting.module), setting.name, None)
-            if found != setting.value:
-                raise ValueError(_changed(label, setting, found))
-        for name, kind in self.kinds:
-            part = _part(block, name)
-            if not isinstance(part, kind):
-                raise ValueError(
-                    f"block {label}: {name} was {kind.__name__} when the model was converted and "
-                    f"is {type(part).__name__} now, which its converted code does not call; {_AGAIN}"
-                )
+        if not self._is_as_traced(block):
+            self._explain(block, label)
         stream = leaves[self.stream]
         if stream.dtype not in self.types and stream.is_floating_point():
             held = ", ".join(sorted(str(t).removeprefix("torch.") for t in self.types))
@@ -87,6 +109,19 @@ class Guards:
                 f"converted code does neither: call the model without autocast (in bfloat16, say), "
                 f"or keep the block dense by filter_fn"
             )
+
+    def _explain(self, block: nn.Module, label: str) -> None:
+        for setting in self.settings:
+            found = getattr(_part(block, setting.module), setting.name, "nothing")
+            if found != setting.value:
+                raise ValueError(_changed(label, setting, found))
+        for name, kind in self.kinds:
+            part = _part(block, name)
+            if not isinstance(part, kind):
+                raise ValueError(
+                    f"block {label}: {name} was {kind.__name__} when the model was converted and "
+                    f"is {type(part).__name__} now, which its converted code does not call; {_AGAIN}"
+                )
         for name in self.bypassed:
             part = _part(block, name)
             if part._forward_hooks or part._forward_pre_hooks:
@@ -104,10 +139,15 @@ class Guards:
                 )
 
 
+def _path(name: str) -> str:
+    """Source of a module inside `block`."""
+    return "block" + "".join(f"._modules[{step!r}]" for step in name.split(".") if step)
+
+
 def _part(block: nn.Module, name: str) -> Any:
     part: Any = block
     for step in name.split(".") if name else ():
-        part = getattr(part, step)
+        part = getattr(part, step, None)
     return part
 
 
