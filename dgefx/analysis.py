@@ -363,7 +363,7 @@ def _plan_site(
             verify_images(block, plan, call, shape, config)
     first = twins.bound.get(plan.eval_key)
     if first is not None and first.costs_like(plan):
-        return dataclasses.replace(plan, windows=first.windows, only_here=first.only_here)
+        return plan.bound_like(first)
     plan = bound(block, plan, call, shape, config)
     if plan.eval_key is not None:
         twins.bound[plan.eval_key] = plan

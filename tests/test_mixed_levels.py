@@ -226,7 +226,9 @@ def test_blocks_that_follow_the_size_do_not_run_at_others(
             if anywhere or side == 4 * SIDE:
                 assert error(converted(x), dense(x)) < 1e-5
             else:
-                with pytest.raises(ValueError, match=r"converted for 8 x 8.*other sizes|decides by the size"):
+                with pytest.raises(
+                    ValueError, match=r"converted for 8 x 8.*other sizes|decides by the size"
+                ):
                     converted(x)
 
 

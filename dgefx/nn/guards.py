@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ class Guards:
     settings: attributes that forward read. kinds: classes of the modules that it went through.
     bypassed: modules whose own forward never runs, so that their hooks do not.
     types: floating types in which it branches as it was traced. questions: code that answers all
-    its branches on sizes, of the inputs of the generated code; answers: what they were.
+    its branches on sizes, of the inputs of the generated code; answers: what they were where it was
+    traced, and on other sizes on which it equals the dense block.
     knows_autocast: whether it runs otherwise under autocast. stream: index of the stream input.
     """
 
@@ -49,7 +50,7 @@ class Guards:
     bypassed: tuple[str, ...] = ()
     types: frozenset[torch.dtype] = FLOATS
     questions: GraphCode | None = None
-    answers: tuple[bool, ...] = ()
+    answers: frozenset[tuple[bool, ...]] = frozenset()
     knows_autocast: bool = False
     stream: int = 0
 
@@ -127,16 +128,23 @@ class Guards:
             if part._forward_hooks or part._forward_pre_hooks:
                 _warn_of_hooks(block, label, name)
 
+    def answered(self, leaves: list[Any]) -> tuple[bool, ...]:
+        """What the branches on sizes are for these inputs."""
+        return () if self.questions is None else tuple(map(bool, self.questions.run(None, *leaves)))
+
+    def also_on(self, answers: Iterable[tuple[bool, ...]]) -> Guards:
+        """The same, where the branches on sizes may come out in further ways."""
+        return dataclasses.replace(self, answers=self.answers.union(answers))
+
     def _ask(self, label: str, leaves: list[Any]) -> None:
-        assert self.questions is not None
-        for index, answer in enumerate(self.questions.run(None, *leaves)):
-            if bool(answer) != self.answers[index]:
-                sizes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves]
-                raise ValueError(
-                    f"block {label} decides by the size of its input, and otherwise for {sizes} "
-                    f"than where it was converted (branch {index + 1} of {len(self.answers)} on "
-                    f"sizes is {bool(answer)} here); convert with example_inputs of this size"
-                )
+        found = self.answered(leaves)
+        if found not in self.answers:
+            sizes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves]
+            raise ValueError(
+                f"block {label} decides by the size of its input, and for {sizes} otherwise than on "
+                f"any size that it was compared with the dense block on; convert with "
+                f"example_inputs of this size"
+            )
 
 
 def _path(name: str) -> str:

@@ -183,8 +183,9 @@ def size_questions(
             isinstance(values[n], Tensor) and (n in inputs or values[n].shape == shape)
             for n in tensors
         )
-        calls = all(n.op in ("call_function", "call_method", "placeholder") or n in tensors
-                    for n in behind)
+        calls = all(
+            n.op in ("call_function", "call_method", "placeholder") or n in tensors for n in behind
+        )
         if not (sized or given) or typed or not known or not calls:
             continue
         for n in tensors:

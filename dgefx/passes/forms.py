@@ -34,7 +34,8 @@ _UNINITIALISED = frozenset({"new_empty", "empty_like", "empty"})
 
 
 def randomise_constants(module: nn.Module) -> None:
-    """Add noise, in place, to parameters that are constant (zeros, ones, layer scales of 1e-6).
+    """Add noise, in place, to parameters that are constant (zeros, ones, layer scales of 1e-6), and
+    to what is as good as zero in others (kernels that pass their input on).
 
     They would hide from the oracle, and from verification, what they multiply.
     """
@@ -44,10 +45,13 @@ def randomise_constants(module: nn.Module) -> None:
             # quantised weights and the like are tensors of their own kind, and no constants
             plain = type(parameter.data) is Tensor
             if plain and parameter.is_floating_point() and parameter.numel():
-                spread = parameter.max() - parameter.min()
-                if spread <= 1e-3 * parameter.abs().max():
+                size = parameter.abs()
+                hides = size <= 1e-6 * size.max()
+                if parameter.max() - parameter.min() <= 1e-3 * size.max():
+                    hides.fill_(True)
+                if bool(hides.any()):
                     noise = torch.rand(parameter.shape, generator=generator) - 0.5
-                    parameter.add_(noise.to(parameter))
+                    parameter.add_(noise.to(parameter) * hides)
 
 
 class FormFinder:

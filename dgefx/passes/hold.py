@@ -41,7 +41,7 @@ def guards_of(
         bypassed=(*traced.entered, *sorted(called & read_apart)),
         types=types,
         questions=None if asked is None else GraphCode(asked[0], "questions"),
-        answers=() if asked is None else asked[1],
+        answers=frozenset() if asked is None else frozenset((asked[1],)),
         knows_autocast=traced.knows_autocast,
         stream=inputs.index(stream),
     )

@@ -74,6 +74,19 @@ class BlockPlan:
         """Whether they run the same code in eval mode, given that they are twins."""
         return self.fixed_slots == other.fixed_slots and self.eval_code.is_same(other.eval_code)
 
+    def bound_like(self, other: BlockPlan) -> BlockPlan:
+        """This plan, of a block that does the same at any size, bound to the sizes of `other`."""
+        pairs = zip(self.guards, other.guards, strict=True)
+        own, second = (mine.also_on(theirs.answers) for mine, theirs in pairs)
+        return dataclasses.replace(
+            self, windows=other.windows, only_here=other.only_here, guards=(own, second)
+        )
+
+    def unasked(self) -> BlockPlan:
+        """This plan without its questions about sizes."""
+        first, second = (dataclasses.replace(held, questions=None) for held in self.guards)
+        return dataclasses.replace(self, guards=(first, second))
+
     def renamed(self, name: str, source: str | None) -> BlockPlan:
         """The plan of another block that is called alike, with its grid from `source`."""
         return dataclasses.replace(

@@ -98,20 +98,40 @@ def bound(
         dense: not changed. call, shape: of its example run.
     """
 
+    unasked, answers = plan.unasked(), (set(plan.guards[0].answers), set(plan.guards[1].answers))
+
     def agrees(*grid: int) -> bool | None:
         place = (grid[0], grid[1])
-        return _agrees(dense, plan, *call_at(call, plan, shape, place), config, place)
+        moved, stream = call_at(call, plan, shape, place)
+        same = _agrees(dense, unasked, moved, stream, config, place)
+        if same:
+            leaves = plan.spec.bind(*moved)
+            for guards, found in zip(plan.guards, answers, strict=True):
+                found.add(guards.answered(leaves))
+        return same
 
     rule, images = plan.windows, plan.layout.images(shape)
+    others = _other_grids(plan.layout.grid, images)
     if rule is not None:
-        others = _other_grids(plan.layout.grid, images)
         rule = _bound_rule(rule, plan.layout.grid, others, agrees)
-        return dataclasses.replace(plan, windows=rule)
+        plan = dataclasses.replace(plan, windows=rule)
+        if any(guards.questions for guards in plan.guards) and rule.size and not rule.fixed:
+            agrees(3 * rule.size[0], 2 * rule.size[1])  # what min(H, W) and max(H, W) are, as well
+        return _answering(plan, answers)
     unknown = plan.layout.places is not None or has_parts(plan.layout.order)
     if unknown:
         return plan
-    found = [agrees(*grid) for grid in _other_grids(plan.layout.grid, images)]
-    return dataclasses.replace(plan, only_here=False in found)
+    if any(guards.questions for guards in plan.guards):
+        others += [(width, height) for height, width in others if height != width]
+    found = [agrees(*grid) for grid in others]
+    return _answering(dataclasses.replace(plan, only_here=False in found), answers)
+
+
+def _answering(
+    plan: BlockPlan, answers: tuple[set[tuple[bool, ...]], set[tuple[bool, ...]]]
+) -> BlockPlan:
+    first, second = (held.also_on(a) for held, a in zip(plan.guards, answers, strict=True))
+    return dataclasses.replace(plan, guards=(first, second))
 
 
 def _other_grids(grid: tuple[int, int], images: int) -> list[tuple[int, int]]:

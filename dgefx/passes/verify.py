@@ -97,9 +97,7 @@ def stream_leaf(leaves: list[Any], plan: BlockPlan, shape: tuple[int, ...]) -> i
     return found
 
 
-def replaced_stream(
-    call: Call, plan: BlockPlan, shape: tuple[int, ...], stream: Tensor
-) -> Call:
+def replaced_stream(call: Call, plan: BlockPlan, shape: tuple[int, ...], stream: Tensor) -> Call:
     """The block's call with another stream."""
     leaves, spec = pytree.tree_flatten(call)
     leaves[stream_leaf(leaves, plan, shape)] = stream
