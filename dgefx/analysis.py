@@ -296,7 +296,8 @@ def _plan_sites(
     """Trace, split and verify every site that may convert; failures become reasons.
 
     Args:
-        calls, types: of these sites, by name; types as in the user's model. idle: modules of the model that do nothing in eval mode.
+        calls, types: of these sites, by name; types as in the user's model. idle: modules of the
+            model that do nothing in eval mode.
     """
     plans: dict[str, BlockPlan] = {}
     twins = Twins()

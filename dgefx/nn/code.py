@@ -1,4 +1,4 @@
-"""`GraphCode`: the Python source of a generated graph, compiled. Run by `nn.block` and `nn.outlined`."""
+"""`GraphCode`: the source of a generated graph, compiled. Run by `nn.block` and `nn.outlined`."""
 
 from __future__ import annotations
 

@@ -23,6 +23,17 @@ _AGAIN = (
     "take the conversion back (dgefx.revert), change the dense model, and convert that one again"
 )
 
+_BYPASSED = (
+    "dgefx: a forward hook on {} does not run: the converted block computes this module's part for "
+    "queries and for keys and values apart. Hook the block, or the layers inside that README "
+    "names; or convert with filter_fn leaving the block dense"
+)
+_TWICE = (
+    "dgefx: {} runs twice in a training step of its converted block, for queries and for keys and "
+    "values, and updates its running statistics in both; keep it in eval mode, or the block dense "
+    "by filter_fn, if that matters"
+)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -42,7 +53,8 @@ class Guards:
     types: floating types in which it branches as it was traced. questions: code that answers all
     its branches on sizes, of the inputs of the generated code; answers: what they were where it was
     traced, and on other sizes on which it equals the dense block.
-    knows_autocast: whether it runs otherwise under autocast. stream: index of the stream input.
+    knows_autocast: whether it runs otherwise under autocast. twice: modules with running statistics
+    that run for queries and for keys and values. stream: index of the stream input.
     """
 
     settings: tuple[Setting, ...] = ()
@@ -52,6 +64,7 @@ class Guards:
     questions: GraphCode | None = None
     answers: frozenset[tuple[bool, ...]] = frozenset()
     knows_autocast: bool = False
+    twice: tuple[str, ...] = ()
     stream: int = 0
 
     def __post_init__(self) -> None:
@@ -77,12 +90,13 @@ class Guards:
         for name in self.bypassed:
             hooks = (f"{_path(name)}._forward_hooks", f"{_path(name)}._forward_pre_hooks")
             terms += [f"not {kept}" for kept in hooks]
+        terms += [f"not {_path(name)}.training" for name in self.twice]
         made: Callable[[nn.Module], bool] = eval(f"lambda block: {' and '.join(terms)}", names)
         return made
 
     def _is_as_traced(self, block: nn.Module) -> bool:
         try:
-            return self._holds(block)  # type: ignore[attr-defined, no-any-return]
+            return self._holds(block)  # type: ignore[attr-defined]
         except (AttributeError, KeyError):
             return False
 
@@ -120,13 +134,16 @@ class Guards:
             part = _part(block, name)
             if not isinstance(part, kind):
                 raise ValueError(
-                    f"block {label}: {name} was {kind.__name__} when the model was converted and "
-                    f"is {type(part).__name__} now, which its converted code does not call; {_AGAIN}"
+                    f"block {label}: {name} was {kind.__name__} when the model was converted, and "
+                    f"{type(part).__name__}, which it is now, is not called; {_AGAIN}"
                 )
         for name in self.bypassed:
             part = _part(block, name)
             if part._forward_hooks or part._forward_pre_hooks:
-                _warn_of_hooks(block, label, name)
+                _warn(block, name, _BYPASSED.format(f"{label}.{name}"))
+        for name in self.twice:
+            if _part(block, name).training:
+                _warn(block, name, _TWICE.format(f"{label}.{name}"))
 
     def answered(self, leaves: list[Any]) -> tuple[bool, ...]:
         """What the branches on sizes are for these inputs."""
@@ -141,8 +158,8 @@ class Guards:
         if found not in self.answers:
             sizes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves]
             raise ValueError(
-                f"block {label} decides by the size of its input, and for {sizes} otherwise than on "
-                f"any size that it was compared with the dense block on; convert with "
+                f"block {label} decides by the size of its input, and for {sizes} otherwise than "
+                f"on any size that it was compared with the dense block on; convert with "
                 f"example_inputs of this size"
             )
 
@@ -163,7 +180,7 @@ def _changed(label: str, setting: Setting, found: Any) -> str:
     where = f"{setting.module}.{setting.name}" if setting.module else setting.name
     if setting.name == "training":
         part = setting.module or "the block"
-        own, other = ("train", "eval") if found else ("eval", "train")
+        own = "train" if found else "eval"
         return (
             f"block {label}: {part} is in {own} mode, which its converted code knows only while "
             f"the block is; call train() or eval() on the whole block, or for {own} mode in a part "
@@ -175,14 +192,9 @@ def _changed(label: str, setting: Setting, found: Any) -> str:
     )
 
 
-def _warn_of_hooks(block: nn.Module, label: str, name: str) -> None:
-    told: set[str] = block.__dict__.setdefault("_dge_told_of_hooks", set())
-    if torch.compiler.is_compiling() or name in told:
-        return
-    told.add(name)
-    warnings.warn(
-        f"dgefx: a forward hook on {label}.{name} does not run: the converted block computes this "
-        f"module's part for queries and for keys and values apart. Hook the block, or the layers "
-        f"inside that README names; or convert with filter_fn leaving the block dense",
-        stacklevel=2,
-    )
+def _warn(block: nn.Module, name: str, text: str) -> None:
+    """Warn once of a part of a block."""
+    told: set[str] = block.__dict__.setdefault("_dge_told_of", set())
+    if not torch.compiler.is_compiling() and name not in told:
+        told.add(name)
+        warnings.warn(text, stacklevel=2)

@@ -9,6 +9,7 @@ own copy of a block.
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,9 +100,11 @@ def _equal(first: Any, second: Any) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
-def _watching_type(kind: type, name: str, log: Attributes) -> type:
+def _watching_type(kind: Any, name: str, log: Attributes) -> Any:
+    get, put = kind.__getattribute__, kind.__setattr__
+
     def read(self: nn.Module, attribute: str) -> Any:
-        value = kind.__getattribute__(self, attribute)
+        value = get(self, attribute)
         own = object.__getattribute__(self, "__dict__")
         if attribute in own and attribute not in _MACHINERY:
             return log.read(name, attribute, value)
@@ -110,7 +113,7 @@ def _watching_type(kind: type, name: str, log: Attributes) -> type:
     def write(self: nn.Module, attribute: str, value: Any) -> None:
         before = object.__getattribute__(self, "__dict__").get(attribute, _MISSING)
         log.write(name, attribute, before, value)
-        kind.__setattr__(self, attribute, value)
+        put(self, attribute, value)
 
     added = {
         "__getattribute__": read,
@@ -120,6 +123,16 @@ def _watching_type(kind: type, name: str, log: Attributes) -> type:
         "__doc__": kind.__doc__,
     }
     return type(kind)(kind.__name__, (kind,), added)
+
+
+def containers(root: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Lists, dictionaries and sets that modules keep, with how much they hold."""
+    return {
+        f"{part}.{name}" if part else name: (value, len(value))
+        for part, module in root.named_modules()
+        for name, value in vars(module).items()
+        if name not in _MACHINERY and isinstance(value, (list, dict, set, deque))
+    }
 
 
 @contextmanager

@@ -26,6 +26,8 @@ _ASKS = frozenset(
     }
 )
 
+#: a trace has one answer to these, a converted block runs with either
+_ASKS_GRAD = frozenset({torch.is_grad_enabled, torch.is_inference_mode_enabled})
 #: what entering `torch.autocast` calls
 _SWITCHES = frozenset({torch.set_autocast_enabled, torch.autocast_increment_nesting})
 
@@ -42,7 +44,7 @@ class Calls:
         self._reading = reading
         self._functions: dict[str, None] = {}
         self.knows_autocast = False  # switches it or asks for it
-        self._random = False
+        self._refused = ""
 
     def functions(self) -> tuple[str, ...]:
         """Names of the autograd functions."""
@@ -53,10 +55,12 @@ class Calls:
             return
         owner = getattr(called, "__self__", None)
         if isinstance(owner, random.Random):
-            self._random = True
+            self._refused = "the block draws from Python's random module, which would be fixed"
         elif isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             if called.__name__ == "apply":
                 self._functions[owner.__qualname__] = None
+        elif called in _ASKS_GRAD and not _is_library(frame):
+            self._refused = f"the block asks torch.{called.__name__}(), which a trace would fix"
         elif called in _SWITCHES or (called in _ASKS and not _is_library(frame)):
             self.knows_autocast = True
 
@@ -65,7 +69,7 @@ class Calls:
         """While active, calls of this thread are noted.
 
         Raises:
-            TraceError: at the end, where Python's own random numbers were drawn.
+            TraceError: at the end, where what was called would be fixed.
         """
         before = sys.getprofile()
         sys.setprofile(self._note)
@@ -73,8 +77,8 @@ class Calls:
             yield
         finally:
             sys.setprofile(before)
-        if self._random:
-            raise TraceError("the block draws from Python's random module, which would be fixed")
+        if self._refused:
+            raise TraceError(self._refused)
 
 
 def _is_library(frame: Any) -> bool:

@@ -29,14 +29,14 @@ _SHAPED_BY_DATA = frozenset(
 class Decisions:
     """values: of the nodes of a trace. branches: what bool() was asked of. numbers: of what int(),
     float(), len() or a loop made a number. dtype: the floating type that the block is traced for,
-    although the trace runs in float32.
+    although the trace runs in float32. fixed: whether the types of values are constants.
     """
 
     values: dict[fx.Node, Any]
-    root: nn.Module
     dtype: torch.dtype = torch.float32
     branches: list[fx.Node] = field(default_factory=list)
     numbers: list[fx.Node] = field(default_factory=list)
+    fixed: bool = False
 
     def branch(self, node: fx.Node) -> bool:
         """What `bool(node)` is, noted down."""
@@ -74,18 +74,20 @@ class Decisions:
 
     def types(self) -> frozenset[torch.dtype]:
         """The floating types in which every branch is the one that was taken."""
+        if self.fixed:
+            return frozenset((torch.float32,))
         return frozenset(
             dtype
             for dtype in FLOATS
             if all(
-                bool(self.in_type(n, dtype)) == bool(self.in_type(n, self.dtype))
+                bool(self.in_type(n, dtype)) is bool(self.in_type(n, self.dtype))
                 for n in self.branches
             )
         )
 
 
 def _reads_type(node: fx.Node) -> bool:
-    return node.target is getattr and node.args[1] == "dtype"
+    return node.target is getattr and str(node.args[1]) == "dtype"
 
 
 def has_shape_of_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
@@ -148,9 +150,8 @@ def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, ax
                     values[source] == values[stream].shape and place in (axis,)
                 ):
                     return True
-        elif read.op == "call_method" and read.target == "size" and len(read.args) > 1:
-            if read.args[1] in (0, axis):
-                return True
+        elif read.target == "size" and read.args[1:] in ((0,), (axis,)):
+            return True
     value, images = values[node], values[stream].shape[axis]
     if isinstance(value, Tensor):
         return bool(value.dim()) and value.shape[0] % images == 0

@@ -6,8 +6,11 @@ Called by `passes.rewrite`.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dgefx.nn.code import GraphCode
 from dgefx.nn.guards import FLOATS, Guards, Setting
@@ -42,8 +45,24 @@ def guards_of(
         types=types,
         questions=None if asked is None else GraphCode(asked[0], "questions"),
         answers=frozenset() if asked is None else frozenset((asked[1],)),
+        twice=_statistics_twice(traced, generated),
         knows_autocast=traced.knows_autocast,
         stream=inputs.index(stream),
+    )
+
+
+def _statistics_twice(traced: Trace, generated: fx.Graph) -> tuple[str, ...]:
+    if not traced.root.training:
+        return ()
+    called = Counter(str(node.target) for node in generated.nodes if node.op == "call_module")
+    return tuple(
+        name
+        for name, count in called.items()
+        if count > 1
+        and any(
+            isinstance(part, _NormBase) and part.track_running_stats
+            for part in traced.root.get_submodule(name).modules()
+        )
     )
 
 
@@ -51,6 +70,8 @@ def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
     """The floating types in which the block does what was traced: it decides alike, or its other
     branch comes to the same graph (a clamp of what is not finite)."""
     held = traced.decisions.types()
+    if traced.decisions.fixed:
+        return held
     return held | {dtype for dtype in FLOATS - held if _same_graph(block, traced, dtype)}
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock, GridShape
-from dgefx.nn.code import GraphCode
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.capacity import Plan, plans
+from dgefx.nn.code import GraphCode
 from dgefx.nn.guards import Guards
 from dgefx.nn.hierarchy import Grid
 from dgefx.nn.router import Router
@@ -82,10 +83,17 @@ class BlockPlan:
             self, windows=other.windows, only_here=other.only_here, guards=(own, second)
         )
 
-    def unasked(self) -> BlockPlan:
-        """This plan without its questions about sizes."""
-        first, second = (dataclasses.replace(held, questions=None) for held in self.guards)
+    def _guarded(self, **changes: Any) -> BlockPlan:
+        first, second = (dataclasses.replace(held, **changes) for held in self.guards)
         return dataclasses.replace(self, guards=(first, second))
+
+    def quiet(self) -> BlockPlan:
+        """This plan without warnings, for blocks that are only tried."""
+        return self._guarded(bypassed=(), twice=())
+
+    def unasked(self) -> BlockPlan:
+        """A quiet plan without its questions about sizes."""
+        return self.quiet()._guarded(questions=None)
 
     def renamed(self, name: str, source: str | None) -> BlockPlan:
         """The plan of another block that is called alike, with its grid from `source`."""

@@ -23,10 +23,10 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
     """Whether `module`, on tensors like `value`, gives every token what it is alone.
 
     Its output has the token axes of its input and follows a permutation and a selection of the
-    tokens; it may change the number of features, on the last axis or of images on axis 1. False for modules
-    that hand on their input as it is or add to it (a residual add is part of the stream's path),
-    and for affine ones with more features in their output: of fused projections only some rows may
-    be wanted.
+    tokens; it may change the number of features, on the last axis or of images on axis 1. False for
+    modules that hand on their input as it is or add to it (a residual add is part of the stream's
+    path), and for affine ones with more features in their output: of fused projections only some
+    rows may be wanted.
 
     Args:
         module: of a copy of the model, in the mode it is traced in. value: floating point.

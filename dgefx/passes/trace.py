@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.attributes import Attributes, told_sizes, watched
+from dgefx.passes.attributes import Attributes, containers, told_sizes, watched
 from dgefx.passes.calls import Calls, autocast_state
 from dgefx.passes.decisions import Decisions, has_shape_of_data
 from dgefx.passes.mutation import (
@@ -58,7 +58,9 @@ class ConcolicProxy(fx.Proxy):
     def _value(self) -> Any:
         return self.tracer.versions.value(self.node)
 
-    def __getattr__(self, name: str) -> ConcolicAttribute:
+    def __getattr__(self, name: str) -> Any:
+        if name == "dtype" and self.tracer.decisions.fixed:
+            return self._value.dtype
         return ConcolicAttribute(self, name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -152,7 +154,7 @@ class ConcolicTracer(fx.Tracer):
         self._changed_constants: list[Tensor] = []
         self._apart: dict[nn.Module, bool] = {}
         self._told: dict[str, fx.Proxy] = {}
-        self._dtype = dtype
+        self.decisions = Decisions(self.values, dtype)
         self._without_grad: set[fx.Node] = set()
         self._autocast = autocast_state()
         #: modules whose forward was gone through
@@ -339,13 +341,6 @@ class ConcolicTracer(fx.Tracer):
             self._told[target] = self.create_proxy("get_attr", target, (), {})
         return self._told[target]
 
-    @property
-    def decisions(self) -> Decisions:
-        """What Python has asked of the traced values so far."""
-        if not hasattr(self, "_decisions"):
-            self._decisions = Decisions(self.values, self.root, self._dtype)
-        return self._decisions
-
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.executing:
             return attr_val
@@ -431,9 +426,13 @@ class ConcolicTracer(fx.Tracer):
                 continue
             for source in now.all_input_nodes:
                 # from a tensor to a number only by reading its elements: a size is none of them
-                read = not tensors_of(self.values[source]) or tensors_of(self.values[now])
-                read = read or has_shape_of_data(source, self.values, self.root)
-                if source not in seen and (read or name in _READS_ELEMENTS):
+                read = (
+                    not tensors_of(self.values[source])
+                    or bool(tensors_of(self.values[now]))
+                    or name in _READS_ELEMENTS
+                    or has_shape_of_data(source, self.values, self.root)
+                )
+                if source not in seen and read:
                     seen.add(source)
                     front.append(source)
 
@@ -641,9 +640,12 @@ def trace(
         TraceError: with the operation that could not be traced.
     """
     error: Exception | None = None
-    for opaque in (False, True):
+    for opaque, fixed in ((False, False), (True, False), (False, True)):
+        # PyTorch's own limits of a type take no proxy for one
+        if fixed and "finfo" not in str(error):
+            break
         try:
-            return _trace_copy(block, spec, training, opaque, dtype, grid)
+            return _trace_copy(block, spec, training, opaque, dtype, grid, fixed)
         except Exception as found:  # any user code may raise anything while traced
             error = error or found
     raise TraceError(f"cannot be traced: {type(error).__name__}: {error}")
@@ -656,13 +658,16 @@ def _trace_copy(
     opaque: bool,
     dtype: torch.dtype,
     grid: tuple[int, int] | None,
+    fixed: bool,
 ) -> Trace:
-    """One attempt; `opaque` keeps custom modules and wrapped functions as calls."""
+    """One attempt; `opaque` keeps custom modules and wrapped functions as calls, `fixed` makes the
+    types of values constants."""
     root = shadow(block)
     root.train(training)
     in_place = _make_functional(root)
     leaves = _childless(root) if opaque else frozenset()
     tracer = ConcolicTracer(spec, leaves, in_place, dtype)
+    tracer.decisions.fixed = fixed
     told = {} if grid is None else told_sizes(root, grid)
 
     def live(module: str, name: str, value: Any) -> Any:
@@ -672,9 +677,11 @@ def _trace_copy(
     calls = Calls(lambda: not tracer.executing)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        kept = containers(root)
         if _tensor_dicts(root) and _has_caches(block, spec):
             for held in _tensor_dicts(root):
                 held.clear()
+                kept = {name: pair for name, pair in kept.items() if pair[0] is not held}
         with (
             _wrapped_functions(opaque),
             _KeepRandom(tracer),
@@ -683,14 +690,21 @@ def _trace_copy(
         ):
             graph = tracer.trace(root)
     tracer.stop_gradients(graph)
+    filled = [
+        name
+        for name, (held, count) in kept.items()
+        if len(held) != count
+        or any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(list(held)))
+        or (isinstance(held, dict) and any(isinstance(v, fx.Proxy) for v in held.values()))
+    ]
     _drop_unread(graph)
     names = {n for n, _ in root.named_parameters(remove_duplicate=False)}
     names |= {n for n, _ in root.named_buffers(remove_duplicate=False)}
     constants = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and isinstance(tracer.values[node], Tensor):
-            if node.target not in names:
-                constants[str(node.target)] = run_node(node, root, (), {})
+        value = tracer.values.get(node)
+        if node.op == "get_attr" and node.target not in names and isinstance(value, Tensor):
+            constants[str(node.target)] = run_node(node, root, (), {})
     return Trace(
         graph,
         root,
@@ -702,9 +716,9 @@ def _trace_copy(
         tracer.apart(),
         tracer.entered,
         attributes.reads,
-        tuple(attributes.changed()),
+        (*attributes.changed(), *filled),
         calls.functions(),
-        calls.knows_autocast,
+        calls.knows_autocast or fixed,
     )
 
 

@@ -250,7 +250,7 @@ def verify_block(
 
 def converted_copy(dense: nn.Module, plan: BlockPlan, config: DGEConfig) -> DGEBlock:
     """The converted block around a copy of the dense one, at the finest granularity."""
-    return build_block(dense, plan, config, _grid_shape(plan))
+    return build_block(dense, plan.quiet(), config, _grid_shape(plan))
 
 
 def _grid_shape(plan: BlockPlan) -> GridShape | None:

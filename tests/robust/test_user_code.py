@@ -97,6 +97,18 @@ def test_a_clamp_of_what_is_not_finite_is_the_same_in_every_type() -> None:
     assert bool(torch.isfinite(converted(X.half())).all())
 
 
+def masked_by_limit(h: Tensor) -> Tensor:
+    return h.masked_fill(h > 1e4, torch.finfo(h.dtype).min)
+
+
+def test_the_limits_of_a_type_are_constants_of_float32() -> None:
+    dense = UserModel(with_change("attn", masked_by_limit)).eval()
+    converted = finest(dense)
+    assert error(converted(X), dense(X)) < 1e-5
+    with pytest.raises(ValueError, match=r"blocks\.0 decides by the floating type"):
+        converted.double()(X.double())
+
+
 def with_own_autocast(h: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return h.float() @ torch.eye(DIM) * 1.0
@@ -192,7 +204,7 @@ class Told(UserBlock):
     H = W = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
+        b, _, c = x.shape
         y = self.attn(self.norm1(x)).transpose(1, 2).reshape(b, c, self.H, self.W)
         x = x + (y - F.avg_pool2d(y, 3, 1, 1)).flatten(2).transpose(1, 2)
         return x + self.mlp(self.norm2(x))
@@ -245,7 +257,19 @@ class CountsCalls(UserBlock):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("make", "name"), [(KeepsLast, "last"), (CountsCalls, "calls")])
+class Appends(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.maps.append(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(KeepsLast, "last"), (CountsCalls, "calls"), (Appends, "maps")]
+)
 def test_what_forward_sets_is_refused(make: Any, name: str) -> None:
     assert f"its forward sets {name} on the module" in refusal(UserModel(make))
 
@@ -315,6 +339,34 @@ def test_a_part_in_another_mode_is_named() -> None:
 
 
 # -- branches --------------------------------------------------------------------------------------
+
+
+def asks_grad(h: Tensor) -> Tensor:
+    return h * 0.5 if torch.is_grad_enabled() else h
+
+
+def test_branches_on_the_gradient_mode_are_refused() -> None:
+    assert "asks torch.is_grad_enabled()" in refusal(UserModel(with_change("", asks_grad)))
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_running_statistics_that_move_twice_are_told_of() -> None:
+    class Normed(UserBlock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1 = TokenBatchNorm(DIM)  # type: ignore[assignment]
+
+    dense = UserModel(Normed)
+    converted = finest(dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert error(converted.eval()(X), dense.eval()(X)) < 1e-5
+    with pytest.warns(UserWarning, match=r"blocks\.0\.norm1 runs twice in a training step"):
+        converted.train()(X)
 
 
 def by_nonzero(h: Tensor) -> Tensor:
