@@ -104,9 +104,11 @@ def conversion_record(model: Any) -> Record:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model that torch.compile wraps, or the model itself."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    """The model that torch.compile or torch's `checkpoint_wrapper` wraps, or the model itself."""
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        inner = getattr(model, name, model)
+        model = inner if isinstance(inner, nn.Module) else model
+    return model
 
 
 def converted_blocks(model: nn.Module, record: Record) -> dict[str, DGEBlock]:
@@ -137,7 +139,7 @@ def check_unsharded(model: nn.Module, call: str) -> None:
         call: what cannot be done with such a model.
     """
     for name, module in model.named_modules():
-        if isinstance(module, DGEBlock) and type(module) is not DGEBlock:
+        if isinstance(module, DGEBlock) and module.dge_mixed:
             raise ValueError(
                 f"model is sharded (block {name} is {type(module).__name__}), which {call} does "
                 f"not know; call it before sharding, or load the weights that "

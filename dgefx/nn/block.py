@@ -15,6 +15,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dgefx.nn.block_types import FUNCTION, SWITCH, called_like, mixed_type, plain_values
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.code import GraphCode
 from dgefx.nn.guards import Guards
@@ -68,29 +69,10 @@ class Constants(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
 
-@functools.cache
-def _mixed_type(assigned: type, answered: type, real: type) -> type:
-    """`assigned` with `real` as its base in the place of `answered`.
-
-    One type per class assigned, as without this library: torch.compile guards on types.
-
-    Raises:
-        TypeError: `assigned` adds no mixin to `answered`.
-    """
-    if answered not in assigned.__bases__ or len(assigned.__bases__) < 2:
-        raise TypeError(
-            f"a converted block in the place of {answered.__name__} can only be given mixins "
-            f"(as fully_shard does), a class with {answered.__name__} and others as bases; found "
-            f"{assigned.__name__} with bases {[base.__name__ for base in assigned.__bases__]}"
-        )
-    bases = tuple(real if base is answered else base for base in assigned.__bases__)
-    own = {k: v for k, v in vars(assigned).items() if k not in ("__dict__", "__weakref__")}
-    return type(assigned.__name__, bases, {**own, "_dge_class": assigned})
-
-
-def _empty_block() -> DGEBlock:
+def _empty_block(dense: type) -> DGEBlock:
     """For pickle and deepcopy, which take `__class__` at its word."""
-    return DGEBlock.__new__(DGEBlock)
+    made: DGEBlock = nn.Module.__new__(called_like(dense, DGEBlock))
+    return made
 
 
 class DGEBlock(nn.Module):
@@ -109,8 +91,14 @@ class DGEBlock(nn.Module):
         as the block it replaces.
     """
 
-    #: what `__class__` answers; None: the dense block's class. Of the type, see `_mixed_type`
+    #: what `__class__` answers; None: the dense block's class. Of the type, see `mixed_type`
     _dge_class: type | None = None
+    #: whether `__call__` checkpoints where it is switched on. Of the type, see `called_like`
+    _dge_call_heeds_switch = False
+
+    def __new__(cls, dense: nn.Module, *_others: Any) -> DGEBlock:
+        """Of a type that is called as the dense block is."""
+        return _empty_block(type(dense))
 
     def __init__(
         self,
@@ -123,7 +111,8 @@ class DGEBlock(nn.Module):
         grid_shape: GridShape | None,
         guards: tuple[Guards, Guards] = (Guards(), Guards()),
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a class that `called_like` put between
+        self.__dict__.update(plain_values(type(dense)))
         for name, value in vars(dense).items():
             if name not in ("_modules", "_compiled_call_impl"):
                 self.__dict__[name] = value
@@ -161,29 +150,38 @@ class DGEBlock(nn.Module):
         """
         answered: type = self.__class__
         real: type = type(self)
-        object.__dict__["__class__"].__set__(self, _mixed_type(assigned, answered, real))
+        object.__dict__["__class__"].__set__(self, mixed_type(assigned, answered, real))
+
+    @property
+    def dge_mixed(self) -> bool:
+        """Whether a library gave it mixins, as FSDP2 does with what it shards."""
+        return type(self)._dge_class is not None
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        if type(self) is not DGEBlock:  # it would come back without what its mixins set up
+        if self.dge_mixed:  # it would come back without what its mixins set up
             raise TypeError(
                 f"a converted block that became {type(self).__name__} can be neither pickled nor "
                 f"copied; save its state dict, see dgefx.training.checkpoint"
             )
-        return _empty_block, (), self.__getstate__()
+        return _empty_block, (type(self._dge_dense[0]),), self.__getstate__()
 
     def dense_block(self) -> nn.Module:
-        """The block this one was made from, sharing its parameters, in this one's mode.
+        """The block this one was made from, sharing its parameters, in this one's mode and
+        checkpointed as this one is.
 
         Raises:
             ValueError: this one is sharded, which the dense block knows nothing of.
         """
-        if type(self) is not DGEBlock:
+        if self.dge_mixed:
             raise ValueError(
                 f"a converted block that became {type(self).__name__} cannot be reverted; load its "
                 f"weights into an unsharded converted model and revert that"
             )
         (dense,) = self._dge_dense
         dense.training = self.training
+        for name in (SWITCH, FUNCTION):
+            if name in self.__dict__:
+                setattr(dense, name, self.__dict__[name])
         return dense
 
     @property
@@ -208,6 +206,14 @@ class DGEBlock(nn.Module):
                 self.__dict__["forward"] = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled() and not self._dge_call_heeds_switch:
+            function = getattr(self, FUNCTION, None)
+            if function is not None and getattr(self, SWITCH, False):
+                # in here, not around the call: its hooks run once
+                return function(functools.partial(self._compute, **kwargs), *args)
+        return self._compute(*args, **kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self._dge_spec.bind(args, kwargs)
         mode = 1 if self.training else 0
         self._dge_guards[mode].check(self, self._dge_code[0].label, leaves)
