@@ -12,7 +12,7 @@ from torch import Tensor
 from dgefx.kernels.pool import patch_means, patch_sums
 from dgefx.kernels.ragged import body_queries
 from dgefx.kernels.routing import Routing
-from dgefx.kernels.rows import gather_rows
+from dgefx.kernels.rows import spread_rows
 
 
 def _hierarchy_rows(table: Tensor, routing: Routing) -> Tensor:
@@ -71,18 +71,12 @@ def gather_constant(
     if routing.ragged is not None:
         entries = hierarchy if head is None else torch.cat([head, hierarchy], 1)
         left_out = routing.prefix if head is None else 0
-        if table.shape[0] == 1:
-            flat = (routing.ragged.patch - left_out).clamp(min=0)
-        else:
-            flat = routing.ragged.flat(left_out)
+        flat = routing.ragged.flat(left_out, table.shape[0])
         rows = entries.flatten(0, 1).index_select(0, flat).unsqueeze(0)
         rows = rows if prefix else body_queries(rows, routing, 1)
         return _arranged(rows, rest, batch, token, len(axes) == 2, boolean)
     index = _patch_rows(routing)
-    if table.shape[0] == 1:
-        rows = hierarchy[0].index_select(0, index.reshape(-1)).view(*index.shape, -1)
-    else:
-        rows = gather_rows(hierarchy, index)
+    rows = spread_rows(hierarchy, index)
     if head is not None:
         rows = torch.cat([head.expand(rows.shape[0], -1, -1), rows], 1)
     return _arranged(rows, rest, batch, token, len(axes) == 2, boolean)

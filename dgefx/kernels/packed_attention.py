@@ -33,7 +33,7 @@ def query_bias(mask: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     images, heads, tokens, keys = mask.shape
     if tokens == 1:
         table = mask.squeeze(2)
-        row = ragged.image if images > 1 else torch.zeros_like(ragged.image)
+        row = ragged.image % images
     else:
         value = mask.float() if boolean else mask
         entries = value.movedim(2, 1).flatten(2)  # (images, tokens, heads * keys)
@@ -44,7 +44,7 @@ def query_bias(mask: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
             parts.append(patch_means(total, count, entries.dtype))
         pooled = torch.cat(parts, 1).view(-1, heads, keys)
         table = pooled > 0.5 if boolean else pooled
-        row = ragged.flat() if images > 1 else ragged.patch.clamp(min=0)
+        row = ragged.flat(tables=images)
     if boolean:
         table = torch.zeros(table.shape, device=table.device).masked_fill(~table, -torch.inf)
     return table, row

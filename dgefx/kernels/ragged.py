@@ -31,14 +31,16 @@ class Ragged(NamedTuple):
     patch_row: Tensor  # (B, prefix + P) int64 query of every patch, -1 where it has none
     patches: int  # prefix + P
 
-    def flat(self, prefix: int = 0) -> Tensor:
+    def flat(self, prefix: int = 0, tables: int | None = None) -> Tensor:
         """(T,) row of every query's patch in a (B, patches - prefix, ...) table of patches.
 
         Args:
             prefix: tokens in front that the table leaves out; their queries read any row.
+            tables: as many as there are images, or 1 for all images; B if None.
         """
         count = self.patches - prefix
-        return self.image * count + (self.patch - prefix).clamp(min=0)
+        image = self.image if tables is None else self.image % tables
+        return image * count + (self.patch - prefix).clamp(min=0)
 
 
 def level_counts(levels: Tensor, costs: Sequence[Tensor]) -> Tensor:
@@ -215,9 +217,10 @@ def join_prefix(prefix: Tensor, body: Tensor, routing: Routing, axis: int) -> Te
 
 
 def repeat_images(value: Tensor, tokens: Tensor, axis: int) -> Tensor:
-    """Prefix tokens that are the same for all images, or one set per image on axis 0, as
-    `join_prefix` takes them."""
-    images = tokens.shape[0]
-    if value.shape[0] == 1:
-        return torch.cat([value] * images, axis) if images > 1 else value
-    return torch.cat(value.split(1), axis)
+    """Prefix tokens on `axis` that are the same for all images, or one set per image on axis 0 (1
+    if that is `axis`), as `join_prefix` takes them."""
+    batch = 0 if axis else 1
+    first = value.movedim(batch, 0)
+    each = first.expand(tokens.shape[0], *first.shape[1:])
+    place = axis - 1 if axis else 0
+    return each.movedim(0, place).flatten(place, place + 1).unsqueeze(batch)

@@ -29,6 +29,8 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
 def spread_rows(table: Tensor, index: Tensor) -> Tensor:
     """`gather_rows` of per-image tables (B, P, C), or of one table (1, T, C) that holds the rows
     of all images, to (B, K, C)."""
-    if table.shape[0] == 1:
-        return table[0].index_select(0, index.flatten()).unflatten(0, index.shape)
-    return gather_rows(table, index)
+    images, rows = table.shape[:2]
+    # no branch on the number of tables: `torch.jit.trace` of one image would keep it
+    start = torch.arange(index.shape[0], device=index.device) % images * rows
+    flat = (index + start[:, None]).flatten()
+    return table.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)

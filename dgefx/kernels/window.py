@@ -258,8 +258,8 @@ def pool_slots(table: Tensor, slots: WindowSlots, axes: AxesLike, rank: int) -> 
     index = slots.row.view(batch, windows, slots.total)
     if count > 1:
         index = index + (torch.arange(windows, device=index.device) * rows)[:, None]
-    if images > 1:
-        index = index + (torch.arange(batch, device=index.device) * count * rows)[:, None, None]
+    image = torch.arange(batch, device=index.device) % images
+    index = index + (image * count * rows)[:, None, None]
     entries = flat.reshape(images * count * rows, -1).index_select(0, index.flatten())
     names = ["inner"] + ["rest"] * len(rest)
     shaped = entries.view(batch, windows, slots.total, *kept)
