@@ -21,6 +21,7 @@ from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock, GridShape
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
+from dgefx.passes.call_forms import with_forms
 from dgefx.passes.capture import Call, capture, idle_modules, recording
 from dgefx.passes.cost import block_cost, count_macs
 from dgefx.passes.locate import Site, locate
@@ -364,11 +365,12 @@ def _plan_site(
             verify_images(block, plan, call, shape, config)
     first = twins.bound.get(plan.eval_key)
     if first is not None and first.costs_like(plan):
-        return plan.bound_like(first)
-    plan = bound(block, plan, call, shape, config)
-    if plan.eval_key is not None:
-        twins.bound[plan.eval_key] = plan
-    return plan
+        plan = plan.bound_like(first)
+    else:
+        plan = bound(block, plan, call, shape, config)
+        if plan.eval_key is not None:
+            twins.bound[plan.eval_key] = plan
+    return with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
 
 
 def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.nn.block_types import FUNCTION, SWITCH, called_like, mixed_type, plain_values
-from dgefx.nn.callspec import CallSpec
-from dgefx.nn.code import GraphCode
-from dgefx.nn.guards import Guards
+from dgefx.nn.call_form import CallForm
+from dgefx.nn.callspec import choose_form
 from dgefx.nn.router import Router
 
 _SHARED_PREFIX = "_dge_"
@@ -69,6 +69,13 @@ class Constants(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
 
+def _is_empty(stream: Tensor) -> bool:
+    """Whether there is nothing to route. Not asked of graphs that are to serve any batch."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return stream.numel() == 0
+
+
 def _empty_block(dense: type) -> DGEBlock:
     """For pickle and deepcopy, which take `__class__` at its word."""
     made: DGEBlock = nn.Module.__new__(called_like(dense, DGEBlock))
@@ -81,11 +88,9 @@ class DGEBlock(nn.Module):
     Args:
         dense: the block it replaces; its parameters, buffers, children and hooks are shared.
         router: becomes child `dge_router`.
-        code: generated source for eval and for train mode.
-        spec: how the block is called.
+        forms: how the block is called, and what it runs; that of the example first.
         constants: becomes child `dge_constants` if there are any.
         grid_shape: shared by the blocks of one grid; None where the block itself knows.
-        guards: what the code of each mode holds for.
 
     Shape:
         as the block it replaces.
@@ -104,12 +109,9 @@ class DGEBlock(nn.Module):
         self,
         dense: nn.Module,
         router: Router,
-        eval_code: GraphCode,
-        train_code: GraphCode,
-        spec: CallSpec,
+        forms: tuple[CallForm, ...],
         constants: dict[str, Tensor],
         grid_shape: GridShape | None,
-        guards: tuple[Guards, Guards] = (Guards(), Guards()),
     ) -> None:
         nn.Module.__init__(self)  # not that of a class that `called_like` put between
         self.__dict__.update(plain_values(type(dense)))
@@ -122,9 +124,8 @@ class DGEBlock(nn.Module):
             self.dge_constants = Constants(constants)
         # in a tuple: a reference for revert(), not a child
         self._dge_dense = (dense,)
-        self._dge_code = (eval_code, train_code)
-        self._dge_spec = spec
-        self._dge_guards = guards
+        self._dge_forms = forms
+        self._dge_specs = tuple(form.spec for form in forms)
         self.dge_grid_shape = grid_shape
 
     @property
@@ -186,8 +187,9 @@ class DGEBlock(nn.Module):
 
     @property
     def code(self) -> str:
-        """The generated source of the current mode."""
-        return self._dge_code[int(self.training)].source
+        """The generated source of the current mode, for calls like the example's."""
+        form = self._dge_forms[0]
+        return (form.train_code if self.training else form.eval_code).source
 
     @contextmanager
     def replaying(self, output: Any) -> Iterator[None]:
@@ -214,7 +216,14 @@ class DGEBlock(nn.Module):
         return self._compute(*args, **kwargs)
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self._dge_spec.bind(args, kwargs)
-        mode = 1 if self.training else 0
-        self._dge_guards[mode].check(self, self._dge_code[0].label, leaves)
-        return self._dge_code[mode].run(self, *leaves)
+        form = self._dge_forms[0]
+        if len(self._dge_forms) > 1:
+            form = self._dge_forms[choose_form(self._dge_specs, args, kwargs)]
+        leaves = form.spec.bind(args, kwargs)
+        if _is_empty(leaves[form.spec.stream]):
+            (dense,) = self._dge_dense
+            dense.training = self.training
+            return dense.forward(*args, **kwargs)
+        mode, code = (1, form.train_code) if self.training else (0, form.eval_code)
+        form.guards[mode].check(self, form.eval_code.label, leaves[form.spec.stream], leaves)
+        return code.run(self, *leaves)

@@ -2,16 +2,19 @@
 
 Made when a block is traced, used by the traced block to bind later calls. Tensors and integers
 (sizes) are graph inputs; everything else (None, flags, floats, strings) took part in the trace as
-a constant, so a call that differs there is refused instead of computed wrongly.
+a constant, so a call that differs there is refused instead of computed wrongly. Optional masks may
+come in several forms, each with a spec and a graph of its own (`passes.call_forms`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Path = tuple[Any, ...]
@@ -41,6 +44,49 @@ def _comparable(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class MaskInput:
+    """A mask among the graph inputs.
+
+    kinds: whether it may be bool (True), floating point (False), or either. rank: its axes.
+    per_query: whether its last axis but one has an entry per query, of which one may stand for
+        all; or has one entry only (False); or is of something else (None).
+    """
+
+    kinds: frozenset[bool]
+    rank: int
+    per_query: bool | None
+
+    def fits(self, value: Tensor) -> bool:
+        """Whether a tensor can be brought to the form that was traced."""
+        boolean = value.dtype == torch.bool
+        if boolean not in self.kinds or not (boolean or value.is_floating_point()):
+            return False
+        if not self.per_query:
+            return value.dim() == self.rank and (self.per_query is None or value.shape[-2] == 1)
+        return 2 <= value.dim() <= self.rank
+
+    def shaped(self, value: Tensor) -> Tensor:
+        """A tensor that fits, in the form that was traced."""
+        if not self.per_query:
+            return value
+        value = value.reshape((1,) * (self.rank - value.dim()) + tuple(value.shape))
+        if value.shape[-2] == 1:
+            value = value.expand(*value.shape[:-2], value.shape[-1], -1)
+        return value
+
+    def __str__(self) -> str:
+        kinds = " or ".join(("float", "bool")[kind] for kind in sorted(self.kinds, reverse=True))
+        shape = f"up to {self.rank} axes, (queries or 1, keys) last" if self.per_query else ""
+        return f"a {kinds} tensor of {shape or f'{self.rank} axes'}"
+
+
+def _may_be(value: Any, mask: MaskInput | None) -> bool:
+    if mask is None or value is None:
+        return mask is None and value is None
+    return isinstance(value, Tensor) and mask.fits(value)
+
+
+@dataclass(frozen=True)
 class CallSpec:
     """Signature of a block's forward and the example call it was traced with."""
 
@@ -51,6 +97,10 @@ class CallSpec:
     inputs: tuple[Path, ...]  # leaves that are graph inputs
     fixed: tuple[tuple[Path, Any], ...]  # leaves that were constants
     example: dict[str, Any]
+    stream: int = 0  # which graph input is the residual stream
+    #: masks that may come in several forms, by name; None: left out in this one
+    masks: tuple[tuple[str, MaskInput | None], ...] = ()
+    alike: frozenset[Path] = frozenset()  # fixed leaves for which None and False are the same
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSpec:
@@ -95,6 +145,16 @@ class CallSpec:
         """A placeholder name per graph input."""
         return ["_".join(str(part) for part in path) for path in self.inputs]
 
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the masks of a call have the forms of this one."""
+        return all(_may_be(self._given(name, args, kwargs), mask) for name, mask in self.masks)
+
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        place = self.names.index(name) if name in self.names else len(args)
+        return args[place] if place < len(args) else self.defaults.get(name)
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The graph inputs of a call.
 
@@ -122,12 +182,14 @@ class CallSpec:
             found: Any = values.get(path[0])
             for key in path[1:]:
                 found = found[key]
+            if path in self.alike and (found is None or found is False):
+                continue
             if isinstance(found, Tensor) or found != wanted:
                 raise ValueError(
                     f"this block was converted for {path[0]}={wanted!r} and is called with another "
                     f"value; convert with example_inputs that use it, or revert() the model"
                 )
-        leaves = []
+        leaves, masks = [], dict(self.masks)
         for path in self.inputs:
             value = values.get(path[0])
             for key in path[1:]:
@@ -137,7 +199,8 @@ class CallSpec:
                     f"this block was converted for calls with {path[0]}, which is missing here; "
                     f"convert with example_inputs that leave it out, or revert() the model"
                 )
-            leaves.append(value)
+            mask = masks.get(path[0]) if len(path) == 1 else None
+            leaves.append(value if mask is None else mask.shaped(value))
         return leaves
 
     def assemble(self, leaves: list[Any]) -> dict[str, Any]:
@@ -154,3 +217,25 @@ class CallSpec:
             return value
 
         return {name: build(value, (name,)) for name, value in self.example.items()}
+
+
+def choose_form(specs: Sequence[CallSpec], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Which of a block's forms a call has.
+
+    Raises:
+        ValueError: none; the message says which masks the block takes.
+    """
+    for index, spec in enumerate(specs):
+        if spec.takes(args, kwargs):
+            return index
+    first = specs[0]
+    lines = []
+    for name in dict(first.masks):
+        value = first._given(name, args, kwargs)
+        found = value if not isinstance(value, Tensor) else (value.dtype, tuple(value.shape))
+        known = dict.fromkeys(str(dict(spec.masks)[name]) for spec in specs)
+        lines.append(f"{name} may be {' or '.join(known)}, found {found}")
+    raise ValueError(
+        f"this block was not converted for calls with these masks: {'; '.join(lines)}; convert "
+        f"with example_inputs that use them, or revert() the model"
+    )

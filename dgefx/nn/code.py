@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+#: child of a converted block that holds the constants of its generated code
+CONSTANTS = "dge_constants"
+
 
 class GraphCode:
     """Python source of a graph over a module, compiled; picklable as its source."""
@@ -31,6 +34,13 @@ class GraphCode:
         """The same code under another label."""
         made = GraphCode.__new__(GraphCode)
         made.label, made.source, made.names = label, self.source, self.names
+        made._compile()
+        return made
+
+    def with_constants(self, prefix: str) -> GraphCode:
+        """The same code with `prefix` before the names of its constants."""
+        made = self.labelled(self.label)
+        made.source = made.source.replace(f"self.{CONSTANTS}.", f"self.{CONSTANTS}.{prefix}")
         made._compile()
         return made
 

@@ -54,7 +54,7 @@ class Guards:
     its branches on sizes, of the inputs of the generated code; answers: what they were where it was
     traced, and on other sizes on which it equals the dense block.
     knows_autocast: whether it runs otherwise under autocast. twice: modules with running statistics
-    that run for queries and for keys and values. stream: index of the stream input.
+    that run for queries and for keys and values.
     """
 
     settings: tuple[Setting, ...] = ()
@@ -65,7 +65,6 @@ class Guards:
     answers: frozenset[tuple[bool, ...]] = frozenset()
     knows_autocast: bool = False
     twice: tuple[str, ...] = ()
-    stream: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_holds", self._compiled())
@@ -100,15 +99,15 @@ class Guards:
         except (AttributeError, KeyError):
             return False
 
-    def check(self, block: nn.Module, label: str, leaves: list[Any]) -> None:
+    def check(self, block: nn.Module, label: str, stream: Tensor, leaves: list[Any]) -> None:
         """Raise ValueError where the call would be computed wrongly, warn of hooks that do not run.
 
         Args:
-            block: the converted block. label: its name. leaves: inputs of the generated code.
+            block: the converted block. label: its name. leaves: inputs of the generated code,
+                `stream` among them.
         """
         if not self._is_as_traced(block):
             self._explain(block, label)
-        stream = leaves[self.stream]
         if stream.dtype not in self.types and stream.is_floating_point():
             held = ", ".join(sorted(str(t).removeprefix("torch.") for t in self.types))
             raise ValueError(

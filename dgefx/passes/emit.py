@@ -44,6 +44,7 @@ from dgefx.kernels.window import (
     to_slots,
 )
 from dgefx.nn.block import resolve_grid
+from dgefx.nn.code import CONSTANTS
 from dgefx.nn.token_order import raster_axis, raster_tokens, stream_axis, stream_tokens
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.cores import map_sources
@@ -56,7 +57,6 @@ from dgefx.passes.slots import SlotChooser, axis_sizes, einsum_tables
 from dgefx.passes.trace import HOOKED, Trace
 from dgefx.passes.worlds import Refused, Worlds, block_flow
 
-_CONSTANT_PREFIX = "dge_constants"
 #: forms whose other axes are the same in both worlds
 _TOKEN_KINDS = ("tokens", "grid", "window")
 
@@ -541,7 +541,7 @@ class Splitter:
         target: Any = node.target
         if node.op == "get_attr" and target in self.trace.constants:
             name = f"c{len(self.constant_names)}"
-            target = self.constant_names.setdefault(target, f"{_CONSTANT_PREFIX}.{name}")
+            target = self.constant_names.setdefault(target, f"{CONSTANTS}.{name}")
         return self.graph.create_node(node.op, target, args, kwargs, name=node.name)
 
     # -- fused projections -------------------------------------------------------------------

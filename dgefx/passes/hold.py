@@ -21,16 +21,16 @@ from dgefx.passes.trace import Trace, TraceError, trace
 def guards_of(
     block: nn.Module,
     traced: Trace,
-    stream: fx.Node,
+    place: int,
     generated: fx.Graph,
     types: frozenset[torch.dtype],
 ) -> Guards:
     """What has to hold while `generated`, split from `traced`, stands for the block.
 
     Args:
-        block: the dense one. stream: the trace's input. types: see `same_types`.
+        block: the dense one. place: of the stream among its inputs. types: see `same_types`.
     """
-    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    stream = [node for node in traced.graph.nodes if node.op == "placeholder"][place]
     asked = size_questions(traced.decisions, traced.graph, stream)
     read_apart = {
         str(node.target).rpartition(".")[0] for node in generated.nodes if node.op == "get_attr"
@@ -47,7 +47,6 @@ def guards_of(
         answers=frozenset() if asked is None else frozenset((asked[1],)),
         twice=_statistics_twice(traced, generated),
         knows_autocast=traced.knows_autocast,
-        stream=inputs.index(stream),
     )
 
 

@@ -11,11 +11,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.capacity import Plan, plans
 from dgefx.nn.code import GraphCode
@@ -61,6 +61,7 @@ class BlockPlan:
     functions: tuple[str, ...] = ()  # autograd functions that the trace went through
     numbers_images: bool = False  # whether Python made a number of a batch size
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
+    forms: tuple[CallForm, ...] = ()  # other ways to call it, see `passes.call_forms`
 
     @property
     def twin(self) -> str:
@@ -105,6 +106,7 @@ class BlockPlan:
             hook_source=source,
             eval_code=self.eval_code.labelled(name),
             train_code=self.train_code.labelled(f"{name} train"),
+            forms=(),
         )
 
     def space(self, config: DGEConfig) -> Grid:
@@ -144,7 +146,7 @@ def _stream_rank(traced: Trace, found: list[fx.Node]) -> int:
     return next((rank for rank, node in enumerate(found) if node in kept), 0)
 
 
-def _split(
+def split_trace(
     traced: Trace,
     layout: Layout,
     shape: tuple[int, ...],
@@ -152,11 +154,12 @@ def _split(
     name: str,
     twins: Twins,
     evaluated: Split | None = None,
-) -> tuple[Split, int]:
-    """The split, and which argument of the stream's shape is the stream."""
+) -> tuple[Split, int, int]:
+    """The split, which argument of the stream's shape is the stream, and which of all inputs."""
     found = _streams(traced, shape)
     rank = _stream_rank(traced, found)
-    return twins.split(traced, found[rank], layout, packs, name, evaluated), rank
+    place = [n for n in traced.graph.nodes if n.op == "placeholder"].index(found[rank])
+    return twins.split(traced, found[rank], layout, packs, name, evaluated), rank, place
 
 
 def _require_stateless(traces: list[Trace]) -> None:
@@ -184,7 +187,6 @@ def plan_block(
     packs: bool = False,
     twins: Twins | None = None,
     idle: frozenset[str] = frozenset(),
-    dtype: torch.dtype = torch.float32,
 ) -> BlockPlan:
     """Trace and split one block in both modes.
 
@@ -196,7 +198,6 @@ def plan_block(
         packs: whether the queries of a batch are packed, see `passes.split`.
         twins: blocks of the same model that were split before; none without.
         idle: parts of the block that do nothing in eval mode.
-        dtype: the floating type whose branches are taken.
 
     Raises:
         Refused, TraceError: the reason why the block stays dense.
@@ -211,11 +212,12 @@ def plan_block(
     key = call_structure(block, spec, shape, layout)
     if key is not None and key in twins.plans:
         return twins.plans[key].renamed(name, layout.source)
-    traces = [trace(block, spec, training, dtype, layout.grid) for training in (False, True)]
+    traces = [trace(block, spec, training, grid=layout.grid) for training in (False, True)]
     _require_stateless(traces)
     types = frozenset.intersection(*(same_types(block, traced) for traced in traces))
-    first, rank = _split(traces[0], layout, shape, packs, name, twins)
-    second, other = _split(traces[1], layout, shape, packs, name, twins, first)
+    given = (layout, shape, packs, name, twins)
+    first, rank, place = split_trace(traces[0], *given)
+    second, other, _ = split_trace(traces[1], *given, first)
     evaluated, trained = first.block, second.block
     if rank != other:
         raise Refused("its stream differs between eval and train mode", "train and eval differ")
@@ -232,7 +234,7 @@ def plan_block(
         name=name,
         layout=layout,
         channels=shape[layout.axis("C")],
-        spec=spec.without_example(),
+        spec=dataclasses.replace(spec.without_example(), stream=place),
         eval_code=GraphCode(evaluated.graph, name),
         train_code=GraphCode(trained.graph, f"{name} train"),
         constants=constants,
@@ -247,8 +249,8 @@ def plan_block(
         eval_key=call_structure(block, spec, shape, layout, idle),
         owners=(first.owner, second.owner),
         guards=(
-            guards_of(block, traces[0], _streams(traces[0], shape)[rank], evaluated.graph, types),
-            guards_of(block, traces[1], _streams(traces[1], shape)[rank], trained.graph, types),
+            guards_of(block, traces[0], place, evaluated.graph, types),
+            guards_of(block, traces[1], place, trained.graph, types),
         ),
         functions=traces[1].functions,
         numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
@@ -291,9 +293,8 @@ def build_block(
     if parameter is not None:
         constants = {name: value.to(parameter.device) for name, value in constants.items()}
     shape = grid_shape if plan.needs_grid_shape else None
-    return DGEBlock(
-        dense, router, plan.eval_code, plan.train_code, plan.spec, constants, shape, plan.guards
-    )
+    forms = (CallForm(plan.spec, plan.eval_code, plan.train_code, plan.guards), *plan.forms)
+    return DGEBlock(dense, router, forms, constants, shape)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

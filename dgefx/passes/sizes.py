@@ -52,7 +52,7 @@ def _copied(arguments: Any) -> Any:
     return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments)
 
 
-def _agrees(
+def agrees(
     dense: nn.Module,
     plan: BlockPlan,
     call: Call,
@@ -100,10 +100,10 @@ def bound(
 
     unasked, answers = plan.unasked(), (set(plan.guards[0].answers), set(plan.guards[1].answers))
 
-    def agrees(*grid: int) -> bool | None:
+    def holds(*grid: int) -> bool | None:
         place = (grid[0], grid[1])
         moved, stream = call_at(call, plan, shape, place)
-        same = _agrees(dense, unasked, moved, stream, config, place)
+        same = agrees(dense, unasked, moved, stream, config, place)
         if same:
             leaves = plan.spec.bind(*moved)
             for guards, found in zip(plan.guards, answers, strict=True):
@@ -111,19 +111,19 @@ def bound(
         return same
 
     rule, images = plan.windows, plan.layout.images(shape)
-    others = _other_grids(plan.layout.grid, images)
+    others = other_grids(plan.layout.grid, images)
     if rule is not None:
-        rule = _bound_rule(rule, plan.layout.grid, others, agrees)
+        rule = _bound_rule(rule, plan.layout.grid, others, holds)
         plan = dataclasses.replace(plan, windows=rule)
         if any(guards.questions for guards in plan.guards) and rule.size and not rule.fixed:
-            agrees(3 * rule.size[0], 2 * rule.size[1])  # what min(H, W) and max(H, W) are, as well
+            holds(3 * rule.size[0], 2 * rule.size[1])  # what min(H, W) and max(H, W) are, as well
         return _answering(plan, answers)
     unknown = plan.layout.places is not None or has_parts(plan.layout.order)
     if unknown:
         return plan
     if any(guards.questions for guards in plan.guards):
         others += [(width, height) for height, width in others if height != width]
-    found = [agrees(*grid) for grid in others]
+    found = [holds(*grid) for grid in others]
     return _answering(dataclasses.replace(plan, only_here=False in found), answers)
 
 
@@ -134,7 +134,7 @@ def _answering(
     return dataclasses.replace(plan, guards=(first, second))
 
 
-def _other_grids(grid: tuple[int, int], images: int) -> list[tuple[int, int]]:
+def other_grids(grid: tuple[int, int], images: int) -> list[tuple[int, int]]:
     """Half the width, half of both sides and, where that is not too much, twice both sides."""
     height, width = grid
     found = [(height, width // 2), (height // 2, width // 2), (2 * height, 2 * width)]

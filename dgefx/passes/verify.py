@@ -242,22 +242,22 @@ def verify_block(
         if not plan.train_code.is_same(plan.eval_code) and not twin_passed:
             trained = copy_block(copied).train()
             converted = converted_copy(trained, plan, config)
-            _verify_mixed(None, converted, plan, call, shape, config, generator)
+            verify_mixed(None, converted, plan, call, shape, config, generator)
         copied.eval()
         converted = converted_copy(copied, plan, config)
-        _verify_mixed(copied, converted, plan, call, shape, config, generator)
+        verify_mixed(copied, converted, plan, call, shape, config, generator)
 
 
 def converted_copy(dense: nn.Module, plan: BlockPlan, config: DGEConfig) -> DGEBlock:
     """The converted block around a copy of the dense one, at the finest granularity."""
-    return build_block(dense, plan.quiet(), config, _grid_shape(plan))
+    return build_block(dense, plan.quiet(), config, grid_shape(plan))
 
 
-def _grid_shape(plan: BlockPlan) -> GridShape | None:
+def grid_shape(plan: BlockPlan) -> GridShape | None:
     return GridShape(plan.layout.grid) if plan.needs_grid_shape else None
 
 
-def _verify_mixed(
+def verify_mixed(
     dense: nn.Module | None,
     converted: DGEBlock,
     plan: BlockPlan,
