@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dgefx.nn.block_types import FUNCTION, SWITCH
+
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (
     type(None),
@@ -77,6 +79,8 @@ class Attributes:
         """Note a read, unless forward itself has set what it reads; what the code gets."""
         if not self.reading() or (module, name) in self.writes or not is_setting(value):
             return value
+        if name in (SWITCH, FUNCTION):  # the converted block heeds it itself
+            return False if name == SWITCH else value
         found = self.live(module, name, value)
         if found is value:
             self.reads.setdefault((module, name), value)

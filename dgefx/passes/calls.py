@@ -26,8 +26,6 @@ _ASKS = frozenset(
     }
 )
 
-#: a trace has one answer to these, a converted block runs with either
-_ASKS_GRAD = frozenset({torch.is_grad_enabled, torch.is_inference_mode_enabled})
 #: what entering `torch.autocast` calls
 _SWITCHES = frozenset({torch.set_autocast_enabled, torch.autocast_increment_nesting})
 
@@ -44,6 +42,7 @@ class Calls:
         self._reading = reading
         self._functions: dict[str, None] = {}
         self.knows_autocast = False  # switches it or asks for it
+        self.asks_grad = False
         self._refused = ""
 
     def functions(self) -> tuple[str, ...]:
@@ -59,8 +58,10 @@ class Calls:
         elif isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             if called.__name__ == "apply":
                 self._functions[owner.__qualname__] = None
-        elif called in _ASKS_GRAD and not _is_library(frame):
-            self._refused = f"the block asks torch.{called.__name__}(), which a trace would fix"
+        elif called is torch.is_grad_enabled and not _is_library(frame):
+            self.asks_grad = True
+        elif called is torch.is_inference_mode_enabled and not _is_library(frame):
+            self._refused = "the block asks for inference mode, which a trace would fix"
         elif called in _SWITCHES or (called in _ASKS and not _is_library(frame)):
             self.knows_autocast = True
 

@@ -74,9 +74,14 @@ def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
     return held | {dtype for dtype in FLOATS - held if _same_graph(block, traced, dtype)}
 
 
-def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype) -> bool:
+def same_without_grad(block: nn.Module, traced: Trace) -> bool:
+    """Whether the block does the same where gradients are off, if it asks for that."""
+    return not traced.asks_grad or _same_graph(block, traced, torch.float32, grad=False)
+
+
+def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype, grad: bool = True) -> bool:
     try:
-        other = trace(block, traced.spec, traced.root.training, dtype, traced.grid)
+        other = trace(block, traced.spec, traced.root.training, dtype, traced.grid, grad)
     except TraceError:
         return False
     return _source(traced.graph) == _source(other.graph)

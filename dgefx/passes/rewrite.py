@@ -27,7 +27,7 @@ from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
 from dgefx.passes.decisions import follows_batch
 from dgefx.passes.grid import Layout
-from dgefx.passes.hold import guards_of, same_types
+from dgefx.passes.hold import guards_of, same_types, same_without_grad
 from dgefx.passes.ops import op_name
 from dgefx.passes.structure import call_structure
 from dgefx.passes.trace import Trace, trace
@@ -214,6 +214,11 @@ def plan_block(
         return twins.plans[key].renamed(name, layout.source)
     traces = [trace(block, spec, training, grid=layout.grid) for training in (False, True)]
     _require_stateless(traces)
+    if not all(same_without_grad(block, traced) for traced in traces):
+        raise Refused(
+            "it asks torch.is_grad_enabled(), and does something else where gradients are off",
+            "not traceable",
+        )
     types = frozenset.intersection(*(same_types(block, traced) for traced in traces))
     given = (layout, shape, packs, name, twins)
     first, rank, place = split_trace(traces[0], *given)

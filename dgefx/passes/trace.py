@@ -135,6 +135,7 @@ class ConcolicTracer(fx.Tracer):
         leaves: modules to keep as calls although they are not from `torch.nn`.
         in_place: modules that change their argument in the block, though not in the traced copy.
         dtype: the floating type whose branches are taken; see `passes.decisions`.
+        grad: whether gradients are on outside of the block.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class ConcolicTracer(fx.Tracer):
         leaves: frozenset[nn.Module] = frozenset(),
         in_place: frozenset[nn.Module] = frozenset(),
         dtype: torch.dtype = torch.float32,
+        grad: bool = True,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.proxy_buffer_attributes = True
@@ -155,6 +157,7 @@ class ConcolicTracer(fx.Tracer):
         self._apart: dict[nn.Module, bool] = {}
         self._told: dict[str, fx.Proxy] = {}
         self.decisions = Decisions(self.values, dtype)
+        self._grad = grad
         self._without_grad: set[fx.Node] = set()
         self._autocast = autocast_state()
         #: modules whose forward was gone through
@@ -231,7 +234,7 @@ class ConcolicTracer(fx.Tracer):
 
     def _note_modes(self, node: fx.Node) -> None:
         """Under which of PyTorch's modes the block makes a node."""
-        if not torch.is_grad_enabled():
+        if self._grad and not torch.is_grad_enabled():
             self._without_grad.add(node)
         if autocast_state() != self._autocast:
             raise TraceError("the block switches torch.autocast on for a part of its forward")
@@ -518,6 +521,7 @@ class Trace:
     settings: dict[tuple[str, str], Any]  # (module, attribute) -> what forward read there
     written: tuple[str, ...]  # attributes that forward sets
     functions: tuple[str, ...]  # autograd functions, whose own backward is not in the graph
+    asks_grad: bool  # whether the block asked if gradients are on
     knows_autocast: bool  # whether the block runs otherwise where autocast is on
 
 
@@ -627,6 +631,7 @@ def trace(
     training: bool,
     dtype: torch.dtype = torch.float32,
     grid: tuple[int, int] | None = None,
+    grad: bool = True,
 ) -> Trace:
     """Trace `block` as `spec` calls it.
 
@@ -635,6 +640,7 @@ def trace(
         training: trace the train-mode graph (dropout, drop path) instead of the eval one.
         dtype: take the branches of this floating type.
         grid: of its tokens; attributes that tell it stay reads.
+        grad: whether gradients are on around the block.
 
     Raises:
         TraceError: with the operation that could not be traced.
@@ -645,7 +651,7 @@ def trace(
         if fixed and "finfo" not in str(error):
             break
         try:
-            return _trace_copy(block, spec, training, opaque, dtype, grid, fixed)
+            return _trace_copy(block, spec, training, opaque, fixed, dtype, grid, grad)
         except Exception as found:  # any user code may raise anything while traced
             error = error or found
     raise TraceError(f"cannot be traced: {type(error).__name__}: {error}")
@@ -656,9 +662,10 @@ def _trace_copy(
     spec: CallSpec,
     training: bool,
     opaque: bool,
+    fixed: bool,
     dtype: torch.dtype,
     grid: tuple[int, int] | None,
-    fixed: bool,
+    grad: bool,
 ) -> Trace:
     """One attempt; `opaque` keeps custom modules and wrapped functions as calls, `fixed` makes the
     types of values constants."""
@@ -666,7 +673,7 @@ def _trace_copy(
     root.train(training)
     in_place = _make_functional(root)
     leaves = _childless(root) if opaque else frozenset()
-    tracer = ConcolicTracer(spec, leaves, in_place, dtype)
+    tracer = ConcolicTracer(spec, leaves, in_place, dtype, grad)
     tracer.decisions.fixed = fixed
     told = {} if grid is None else told_sizes(root, grid)
 
@@ -676,7 +683,7 @@ def _trace_copy(
     attributes = Attributes(lambda: not tracer.executing, live)
     calls = Calls(lambda: not tracer.executing)
     devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(grad):
         kept = containers(root)
         if _tensor_dicts(root) and _has_caches(block, spec):
             for held in _tensor_dicts(root):
@@ -718,6 +725,7 @@ def _trace_copy(
         attributes.reads,
         (*attributes.changed(), *filled),
         calls.functions(),
+        calls.asks_grad,
         calls.knows_autocast or fixed,
     )
 

@@ -40,9 +40,12 @@ def verify_gradients(
     """Compare the gradients of the stream and of all parameters at the finest granularity, in train
     mode without chance, in float64 or, where the block has float32 written into it, in that.
 
+    Routed by detail, whatever `config` asks for: learned gates have gradients of their own.
+
     Raises:
         Refused: they differ.
     """
+    config = DGEConfig(config.granularities, config.region, budget=config.budget)
     for dtype, own, whole in (
         (torch.float64, _OWN, _ALL),
         (torch.float32, _OWN_FLOAT32, _ALL_FLOAT32),
