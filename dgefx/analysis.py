@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,18 @@ from torch import Tensor, fx, nn
 from dgefx.config import DGEConfig
 from dgefx.exported import is_exported_module
 from dgefx.inputs import batch_size, resolve_inputs, run_example
-from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
+from dgefx.nn.grid_shape import GridShape, ImageHook, Size
 from dgefx.passes.call_forms import with_forms
 from dgefx.passes.capture import Call, capture, idle_modules, recording
 from dgefx.passes.cost import block_cost, count_macs
+from dgefx.passes.grid_sources import find_sources, watching_sizes
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.outline import Outline, outline
 from dgefx.passes.refusals import KINDS, Reason, advice_lines
-from dgefx.passes.rewrite import BlockPlan, build_block, plan_block, put
+from dgefx.passes.rewrite import BlockPlan, ImageSource, build_block, plan_block, put
 from dgefx.passes.sizes import bound
 from dgefx.passes.trace import TraceError
 from dgefx.passes.twins import Twins
@@ -192,13 +193,11 @@ def install(
     config: DGEConfig,
 ) -> None:
     """Replace the planned blocks of `model` by converted ones; finest unless `chosen`."""
-    shapes: dict[tuple[str | None, tuple[int, int]], GridShape] = {}
+    shapes: dict[tuple[str | ImageSource | None, Size], GridShape] = {}
     for name, plan in plans.items():
-        source = (plan.hook_source, plan.layout.grid)
+        source = (plan.hook_source or plan.image_source, plan.layout.grid)
         if plan.needs_grid_shape and source not in shapes:
-            shapes[source] = GridShape(plan.layout.grid)
-            if plan.hook_source is not None:
-                model.get_submodule(plan.hook_source).register_forward_hook(shapes[source])
+            shapes[source] = _grid_shape(model, plan)
         block = build_block(
             model.get_submodule(name),
             plan,
@@ -207,6 +206,18 @@ def install(
             None if chosen is None else chosen[name],
         )
         put(model, name, block)
+
+
+def _grid_shape(model: nn.Module, plan: BlockPlan) -> GridShape:
+    """The grid of a block and of those like it, told by a hook on `model`."""
+    source, image = plan.hook_source, plan.image_source
+    shape = GridShape(plan.layout.grid, None if image is None else image.module)
+    if source is not None:
+        model.get_submodule(source).register_forward_hook(shape)
+    elif image is not None:
+        hook = ImageHook(shape, image.size, image.stride)
+        model.get_submodule(image.module).register_forward_pre_hook(hook, with_kwargs=True)
+    return shape
 
 
 def analyse(
@@ -251,17 +262,16 @@ def analyse(
                 if site.reason is None and not filter_fn(_named(model, work, site.name), site.name):
                     site.refuse(_FILTERED)
         names = {site.name for site in sites if site.reason is None}
-        with recording(work, names) as calls, idle_modules(work) as idle:
+        looking = watching_sizes(work, call, names)
+        with recording(work, names) as calls, idle_modules(work) as idle, looking as sizes:
             macs_dense = count_macs(work, *call)
         types = {name: floating_type(_named(model, work, name)) for name in names}
         plans = _plan_sites(work, sites, calls, types, idle, config, must_convert)
         costs = _price(work, plans, calls, config.bounded())
         del calls
         _drop_without_gain(work, sites, plans, costs, must_convert)
-        _keep_sources_outside(plans)
-        silent = _install_and_verify(work, plans, call, output, config.bounded())
-    for name in silent:
-        plans[name] = dataclasses.replace(plans[name], hook_source=None)
+        plans = find_sources(plans, sizes, work, call)
+        _install_and_verify(work, plans, call, output, config.bounded())
     images = batch_size(call)
     return Analysis(work, call, images, sites, outlines, plans, costs, macs_dense, config)
 
@@ -431,20 +441,6 @@ def _price(
     return costs
 
 
-def _keep_sources_outside(plans: dict[str, BlockPlan]) -> None:
-    """Modules inside converted blocks see queries: a block whose grid one of them would report
-    takes the module that reports the same grid to the last block before it, if any."""
-    last: dict[tuple[int, int], str] = {}
-    for name, plan in plans.items():
-        source, grid = plan.hook_source, plan.layout.grid
-        if source is None:
-            continue
-        if any(source == other or source.startswith(f"{other}.") for other in plans):
-            plans[name] = dataclasses.replace(plan, hook_source=last.get(grid))
-        else:
-            last[grid] = source
-
-
 def _equal_in_float64(work: nn.Module, plans: dict[str, BlockPlan], call: Call) -> bool:
     """Whether the converted model equals the dense one in float64: some models, at random weights
     above all, amplify the rounding of float32 beyond the tolerance, whatever is converted."""
@@ -467,18 +463,9 @@ def _equal_in_float64(work: nn.Module, plans: dict[str, BlockPlan], call: Call) 
 
 def _install_and_verify(
     work: nn.Module, plans: dict[str, BlockPlan], call: Call, output: Any, config: DGEConfig
-) -> list[str]:
-    """The whole model at the finest granularity against the dense model's output.
-
-    Returns:
-        blocks whose grid no module reports while the model runs; they keep the converted size.
-    """
+) -> None:
+    """The whole model at the finest granularity against the dense model's output."""
     install(work, plans, None, config)
-    shapes = {}
-    for name, plan in plans.items():
-        block = work.get_submodule(name)
-        if isinstance(block, DGEBlock) and block.dge_grid_shape is not None:
-            shapes[name] = (block.dge_grid_shape, plan.layout.grid)
     ran: set[str] = set()
     handles = [
         work.get_submodule(f"{name}.dge_router").register_forward_hook(
@@ -486,9 +473,6 @@ def _install_and_verify(
         )
         for name in plans
     ]
-    reported: dict[int, bool] = {}
-    for shape, _grid in shapes.values():
-        shape.seen = None
     try:
         found = run_example(work, call)
     except Exception as error:
@@ -499,9 +483,6 @@ def _install_and_verify(
     finally:
         for handle in handles:
             handle.remove()
-    for shape, grid in shapes.values():
-        reported[id(shape)] = shape.seen == grid
-        shape.grid = grid
     if missing := sorted(set(plans) - ran):
         raise ValueError(
             f"verification: blocks {missing} do not run when the model does, although they were "
@@ -514,4 +495,3 @@ def _install_and_verify(
             f"granularity differs from the dense one by {difference:.1e} (relative); it is not "
             f"converted. Please report this model"
         )
-    return [name for name, (shape, _grid) in shapes.items() if not reported[id(shape)]]

@@ -13,9 +13,10 @@ from dgefx.calibrate import calibrate, check_gamma
 from dgefx.calibration.images import check_iterable
 from dgefx.config import DGEConfig
 from dgefx.exported import as_module, exported_inputs
-from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
+from dgefx.nn.grid_shape import GridShape, ImageHook
 from dgefx.passes.outline import apply_outlines, restore
 from dgefx.passes.rewrite import put
 from dgefx.record import (
@@ -191,6 +192,10 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, GridShape):
                 del module._forward_hooks[key]
+        for key, before in list(module._forward_pre_hooks.items()):
+            if isinstance(before, ImageHook):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     restore(target)
     set_record(target, None)
     return target

@@ -19,45 +19,10 @@ from torch import Tensor, nn
 from dgefx.nn.block_types import FUNCTION, SWITCH, called_like, mixed_type, plain_values
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import choose_form
+from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.router import Router
 
 _SHARED_PREFIX = "_dge_"
-
-
-class GridShape:
-    """The token grid of the running forward, for blocks that are not told it.
-
-    A (B, N, C) block of a model that accepts several image sizes cannot know H and W from N. The
-    module that lays the grid out reports them here through a forward hook.
-    """
-
-    def __init__(self, grid: tuple[int, int]) -> None:
-        self.grid: tuple[int, int] = grid
-        self.seen: tuple[int, int] | None = None
-
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4:
-            self.grid = self.seen = (output.shape[2], output.shape[3])
-
-    def resolve(self, tokens: int) -> tuple[int, int]:
-        """(H, W) of a grid of `tokens`.
-
-        Raises:
-            ValueError: the last grid seen has another number of tokens.
-        """
-        height, width = self.grid
-        if height * width != tokens:
-            raise ValueError(
-                f"a converted block got {tokens} grid tokens, but the model last laid out a grid "
-                f"of {height} x {width}; run the block as part of its model, or convert() at this "
-                f"image size"
-            )
-        return self.grid
-
-
-def resolve_grid(shape: GridShape, tokens: int) -> tuple[int, int]:
-    """(H, W) for the generated code; see `GridShape.resolve`."""
-    return shape.resolve(tokens)
 
 
 class Constants(nn.Module):

@@ -43,8 +43,8 @@ from dgefx.kernels.window import (
     slot_count,
     to_slots,
 )
-from dgefx.nn.block import resolve_grid
 from dgefx.nn.code import CONSTANTS
+from dgefx.nn.grid_shape import remember_grid, resolve_grid
 from dgefx.nn.token_order import raster_axis, raster_tokens, stream_axis, stream_tokens
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.cores import map_sources
@@ -128,7 +128,8 @@ class Splitter:
         meeting = {node for core in worlds.cores for node, _ in core.context_edges}
         #: scores and what follows: never to be computed on all tokens for a size
         self.attended = meeting.union(*(nx.descendants(flow, node) for node in meeting))
-        self.positional = self.mixing = self.needs_grid_shape = self.fixed_slots = False
+        self.positional = self.mixing = self.fixed_slots = False
+        self.grid_shape: fx.Node | None = None  # where only the model knows the grid
         self.constant_names: dict[str, str] = {}
         self.stencils: set[int] = set()
 
@@ -177,7 +178,7 @@ class Splitter:
         return SplitBlock(
             self.graph,
             constants,
-            self.needs_grid_shape,
+            self.grid_shape is not None,
             self.positional,
             self.mixing,
             self.finder.windows.rule() if self.uses_windows else None,
@@ -220,12 +221,12 @@ class Splitter:
                 else self.context[size]
                 for size in pair
             )
-        self.needs_grid_shape = True
         count = self.graph.call_method("size", (self.tokens, 1))
         if self.layout.prefix:
             count = call(operator.sub, (count, self.layout.prefix))
-        shape = self.graph.create_node("get_attr", "dge_grid_shape")
-        return call(resolve_grid, (shape, count))
+        self.grid_shape = self.graph.create_node("get_attr", "dge_grid_shape")
+        asking = self.graph.create_node("get_attr", "dge_router", name="asking")
+        return call(resolve_grid, (self.grid_shape, asking, stream, count))
 
     def _order(self, node: fx.Node) -> str:
         """The layout of a main path value."""
@@ -301,6 +302,8 @@ class Splitter:
         # a correction is of the whole block's update
         tokens = call(corrected, (tokens, self.tokens, self.queries, self.routing))
         result = self._dense_value(tokens, order)
+        if self.grid_shape is not None:
+            result = call(remember_grid, (self.grid_shape, result, self.grid))
 
         def pick(node: fx.Node) -> Any:
             if node is self.worlds.output:

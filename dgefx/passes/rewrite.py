@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from dgefx.config import DGEConfig
-from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.block import DGEBlock
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.capacity import Plan, plans
 from dgefx.nn.code import GraphCode
+from dgefx.nn.grid_shape import GridShape, Size
 from dgefx.nn.guards import Guards
 from dgefx.nn.hierarchy import Grid
 from dgefx.nn.router import Router
@@ -33,6 +34,15 @@ from dgefx.passes.structure import call_structure
 from dgefx.passes.trace import Trace, trace
 from dgefx.passes.twins import Split, Twins
 from dgefx.passes.worlds import KEEPS_STREAM, Refused
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The module whose input tells the grid; size, stride: see `ImageHook`."""
+
+    module: str
+    size: Size
+    stride: Size | None
 
 
 @dataclass
@@ -60,6 +70,7 @@ class BlockPlan:
     guards: tuple[Guards, Guards] = (Guards(), Guards())  # of eval and of train mode
     functions: tuple[str, ...] = ()  # autograd functions that the trace went through
     numbers_images: bool = False  # whether Python made a number of a batch size
+    image_source: ImageSource | None = None  # without `hook_source`, see `passes.grid_sources`
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
     forms: tuple[CallForm, ...] = ()  # other ways to call it, see `passes.call_forms`
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dgefx.config import DGEConfig
 from dgefx.kernels.layout import has_parts
-from dgefx.nn.block import GridShape
+from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.attributes import told_sizes
 from dgefx.passes.capture import Call

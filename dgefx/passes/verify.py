@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from dgefx.config import DGEConfig
 from dgefx.kernels.layout import from_tokens
 from dgefx.kernels.routing import Routing
-from dgefx.nn.block import DGEBlock, GridShape
+from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import region_count
+from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.hierarchy import Grid, level_tables, nested_levels, parent_table
 from dgefx.nn.router import Router
 from dgefx.passes.capture import Call, tensors_in
