@@ -358,6 +358,8 @@ def _plan_site(
     inside = frozenset(n.removeprefix(prefix) for n in idle if n.startswith(prefix))
     given = (block, site.name, call, site.layout, shape, config.packs)
     plan = plan_block(*given, twins, inside)
+    if plan.twin and plan.twin not in plans and not plan.exact_at_any_level:
+        plan = plan_block(*given)  # its coarse levels were not compared where its graph comes from
     try:
         passed = plan.copy_of in plans and plan.runs_like(plans[plan.copy_of])
         verify_block(block, plan, call, shape, config, twin_passed=passed)
@@ -373,6 +375,7 @@ def _plan_site(
         verify_gradients(block, plan, call, shape, config)
         if plan.numbers_images:
             verify_images(block, plan, call, shape, config)
+    plan = dataclasses.replace(plan, reference=None)
     first = twins.bound.get(plan.eval_key)
     if first is not None and first.costs_like(plan):
         plan = plan.bound_like(first)

@@ -41,6 +41,7 @@ def gather_constant(
     batch: int,
     axes: tuple[int, ...],
     prefix: bool,
+    share: float = 0.5,
 ) -> Tensor:
     """Entries of a constant for every query.
 
@@ -50,6 +51,7 @@ def gather_constant(
         batch: the image axis of that value.
         axes: its token axis, or its two grid axes.
         prefix: whether the prefix tokens have entries, in front.
+        share: a boolean is true where more than this share of the patch's entries are.
 
     Returns:
         `rank` axes: images on `batch`, queries on `axes` (a grid becomes (queries, 1)).
@@ -74,19 +76,19 @@ def gather_constant(
         flat = routing.ragged.flat(left_out, table.shape[0])
         rows = entries.flatten(0, 1).index_select(0, flat).unsqueeze(0)
         rows = rows if prefix else body_queries(rows, routing, 1)
-        return _arranged(rows, rest, batch, token, len(axes) == 2, boolean)
+        return _arranged(rows, rest, batch, token, len(axes) == 2, share if boolean else None)
     index = _patch_rows(routing)
     rows = spread_rows(hierarchy, index)
     if head is not None:
         rows = torch.cat([head.expand(rows.shape[0], -1, -1), rows], 1)
-    return _arranged(rows, rest, batch, token, len(axes) == 2, boolean)
+    return _arranged(rows, rest, batch, token, len(axes) == 2, share if boolean else None)
 
 
 def _arranged(
-    rows: Tensor, rest: torch.Size, batch: int, token: int, on_grid: bool, boolean: bool
+    rows: Tensor, rest: torch.Size, batch: int, token: int, on_grid: bool, share: float | None
 ) -> Tensor:
     """(images, queries, F) rows with the axes of the value they meet."""
     rows = rows.reshape(*rows.shape[:2], *rest).movedim((0, 1), (batch, token))
     if on_grid:
         rows = rows.unsqueeze(token + 1)
-    return rows > 0.5 if boolean else rows
+    return rows if share is None else rows > share

@@ -43,7 +43,7 @@ def query_bias(mask: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         for total, count in zip(sums[1:], routing.patch_tokens[1:], strict=True):
             parts.append(patch_means(total, count, entries.dtype))
         pooled = torch.cat(parts, 1).view(-1, heads, keys)
-        table = pooled > 0.5 if boolean else pooled
+        table = pooled > 1 - 1e-5 if boolean else pooled  # keys that all its tokens see
         row = ragged.flat(tables=images)
     if boolean:
         table = torch.zeros(table.shape, device=table.device).masked_fill(~table, -torch.inf)

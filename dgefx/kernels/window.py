@@ -193,11 +193,14 @@ def _arrange(
     return value.permute(order).reshape(shape)
 
 
-def pool_rows(table: Tensor, slots: WindowSlots, axes: tuple[int, ...]) -> Tensor:
+def pool_rows(
+    table: Tensor, slots: WindowSlots, axes: tuple[int, ...], share: float = 0.5
+) -> Tensor:
     """A constant with an entry per token of a window, for every row: the mean over its patch.
 
     Args:
         table: the window's tokens on `axes` (one axis, or rows and columns).
+        share: a boolean is true where more than this share of the patch's entries are.
 
     Returns:
         Rows on the first of `axes`, 1 on the second.
@@ -224,19 +227,22 @@ def pool_rows(table: Tensor, slots: WindowSlots, axes: tuple[int, ...]) -> Tenso
     pooled = parts[0] if len(parts) == 1 else torch.cat(parts, 0)
     pooled = pooled.view(-1, *rest).movedim(0, axis)
     pooled = pooled.unsqueeze(axis + 1) if len(axes) == 2 else pooled
-    return pooled > 0.5 if boolean else pooled
+    return pooled > share if boolean else pooled
 
 
-def pool_slots(table: Tensor, slots: WindowSlots, axes: AxesLike, rank: int) -> Tensor:
+def pool_slots(
+    table: Tensor, slots: WindowSlots, axes: AxesLike, rank: int, share: float = 0.5
+) -> Tensor:
     """A constant for every slot, to be broadcast with a value in slots.
 
     Args:
         table: broadcastable to the value, with an entry per token of a window.
         axes: of the value, which has `rank` axes.
+        share: see `pool_rows`.
     """
     axes = WindowAxes(*axes)
     table = table.reshape((1,) * (rank - table.dim()) + tuple(table.shape))
-    pooled = pool_rows(table, slots, axes.slots)
+    pooled = pool_rows(table, slots, axes.slots, share)
     if slots.row is None:
         return pooled
     windows = slots.windows[0] * slots.windows[1]

@@ -47,8 +47,9 @@ from dgefx.nn.code import CONSTANTS
 from dgefx.nn.grid_shape import remember_grid, resolve_grid
 from dgefx.nn.token_order import raster_axis, raster_tokens, stream_axis, stream_tokens
 from dgefx.nn.windows import WindowRule
+from dgefx.passes.coarse_reference import CoarseReference
 from dgefx.passes.cores import map_sources
-from dgefx.passes.form import MOVES, Form, size_inputs, size_read
+from dgefx.passes.form import MOVES, Form, needed_share, size_inputs, size_read
 from dgefx.passes.forms import FormFinder
 from dgefx.passes.grid import Layout
 from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
@@ -69,7 +70,7 @@ class SplitBlock:
     tokens_apart: whether nothing but attention mixes tokens, on the main path neither.
     windows: how the block partitions the grid, None if it does not. fixed_slots: whether a table
     meets queries otherwise than by broadcasting, see `dgefx.kernels.window`. stencils: kernel sizes
-    of its depthwise convolutions.
+    of its depthwise convolutions. reference: what it must yield below the finest granularity.
     """
 
     graph: fx.Graph
@@ -81,6 +82,7 @@ class SplitBlock:
     fixed_slots: bool
     stencils: frozenset[int]
     tokens_apart: bool
+    reference: CoarseReference
 
 
 class _Moving:
@@ -185,6 +187,9 @@ class Splitter:
             self.fixed_slots,
             frozenset(self.stencils),
             not (self.mixing or self.worlds.materialised),
+            CoarseReference.of(
+                self.trace, self.worlds, self.forms, self.layout, self.finder.windows.partition
+            ),
         )
 
     def _prologue(self) -> None:
@@ -711,7 +716,7 @@ class Splitter:
         slots = node in self.in_slots
         per_axis = axis_sizes(form, self.layout, self.finder)
 
-        def gather(original: Any, emitted: Any) -> Any:
+        def gather(original: Any, emitted: Any, at: int | str) -> Any:
             if not isinstance(original, fx.Node):
                 return emitted
             if original in self.worlds.asking:
@@ -729,10 +734,15 @@ class Splitter:
             if all(s == 1 for s in per_axis):
                 return self._per_image(original, emitted, form, rank)
             self.positional = True
+            share: tuple[float, ...] = ()
+            if self.trace.values[original].dtype == torch.bool:
+                name = op_name(node, self.trace.root)
+                share = (needed_share(node, name, at, self.worlds.asking),)
             if slots:
                 self.finder.windows.note_table(self.trace.values[original], form, axes, rank)
                 place: Any = tuple(form.window_axes)
-                return self.graph.call_function(pool_slots, (emitted, self.windows, place, rank))
+                operands = (emitted, self.windows, place, rank, *share)
+                return self.graph.call_function(pool_slots, operands)
             if form.batch is None or form.kind == "flat":
                 raise Refused(
                     f"{node.name}: images are merged with another axis where a table is added",
@@ -741,15 +751,15 @@ class Splitter:
             emitted = self._reordered(emitted, form, axes[0], raster=True)
             return self.graph.call_function(
                 gather_constant,
-                (emitted, self.routing, rank, form.batch, form.axes, form.prefix),
+                (emitted, self.routing, rank, form.batch, form.axes, form.prefix, *share),
             )
 
         skip = {place for consumer, place in self.worlds.edges if consumer is node}
         args = tuple(
-            a if i in skip else gather(o, a)
+            a if i in skip else gather(o, a, i)
             for i, (o, a) in enumerate(zip(node.args, args, strict=True))
         )
-        kwargs = {k: v if k in skip else gather(node.kwargs[k], v) for k, v in kwargs.items()}
+        kwargs = {k: v if k in skip else gather(node.kwargs[k], v, k) for k, v in kwargs.items()}
         return args, kwargs
 
     def _per_image(self, original: fx.Node, emitted: Any, form: Form, rank: int) -> Any:

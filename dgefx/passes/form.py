@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from dgefx.kernels.layout import has_parts
 from dgefx.kernels.window import WindowAxes
 from dgefx.passes.grid import Layout
-from dgefx.passes.ops import MOVEMENT
+from dgefx.passes.ops import MOVEMENT, argument
 from dgefx.passes.trace import Trace
 
 
@@ -67,6 +68,31 @@ def stream_form(layout: Layout) -> Form:
         return Form("grid", (layout.axis("H"), layout.axis("W")), False, 0)
     batch = 1 if has_parts(order) else layout.axis("B")
     return Form("tokens", (layout.axis("N"),), layout.prefix > 0, batch)
+
+
+#: more than half of a patch's tokens; all of them; any of them
+_MOST, _ALL, _ANY = 0.5, 1 - 1e-5, 1e-5
+
+
+def needed_share(node: fx.Node, name: str, place: int | str, asking: Collection[fx.Node]) -> float:
+    """Which share of a patch's tokens a condition, a boolean table, has to hold for (more than
+    that) to hold for their query: so that a query sees the keys that all its tokens see.
+
+    Args:
+        node, name: the operation that reads it. place: among the arguments. asking: nodes of the
+            query world.
+    """
+    if name == "scaled_dot_product_attention":
+        return _ALL
+    if name == "masked_fill":
+        return _ANY
+    condition, first = (1, 0) if node.op == "call_method" else (0, 1)
+    if name == "where" and place in (condition, "condition"):
+        branches = argument(node, first, "input"), argument(node, 2, "other")
+        kept, replaced = (branch in asking for branch in branches)
+        if kept != replaced:
+            return _ALL if kept else _ANY
+    return _MOST
 
 
 def size_inputs(trace: Trace, layout: Layout) -> tuple[fx.Node, fx.Node] | None:

@@ -26,6 +26,7 @@ from dgefx.nn.router import Router
 from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.capture import Call
+from dgefx.passes.coarse_reference import CoarseReference
 from dgefx.passes.decisions import follows_batch
 from dgefx.passes.grid import Layout
 from dgefx.passes.hold import guards_of, same_types, same_without_grad
@@ -73,6 +74,7 @@ class BlockPlan:
     image_source: ImageSource | None = None  # without `hook_source`, see `passes.grid_sources`
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
     forms: tuple[CallForm, ...] = ()  # other ways to call it, see `passes.call_forms`
+    reference: CoarseReference | None = None  # in eval mode; of blocks that were split themselves
 
     @property
     def twin(self) -> str:
@@ -113,6 +115,7 @@ class BlockPlan:
             self,
             name=name,
             copy_of=self.name,
+            reference=None,
             layout=dataclasses.replace(self.layout, source=source),
             hook_source=source,
             eval_code=self.eval_code.labelled(name),
@@ -270,6 +273,7 @@ def plan_block(
         ),
         functions=traces[1].functions,
         numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
+        reference=evaluated.reference if first.owner == name else None,
     )
     if key is not None:
         twins.plans[key] = plan

@@ -1,9 +1,11 @@
 """Pass 6, verify: numbers, not trust. A block is used only if it equals the dense block.
 
 Per block, on a copy with its constant-initialised parameters randomised: at the finest
-granularity in eval and in train mode, and at random granularities where an identity applies: on
-input that is constant within every patch, and in tokens that are their own queries. For the whole
-model: at the finest granularity on the example input, with its real parameters.
+granularity in eval and in train mode; at random granularities where an identity applies: on input
+that is constant within every patch, and in tokens that are their own queries; and where the first
+does not (tables, stencils, islands), once per structure, against un-pool, operation, pool
+(`passes.coarse_reference`). For the whole model: at the finest granularity on the example input,
+with its real parameters.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dgefx.nn.hierarchy import Grid, level_tables, nested_levels, parent_table
 from dgefx.nn.router import Router
 from dgefx.passes.capture import Call, tensors_in
 from dgefx.passes.chance import WithoutChance
+from dgefx.passes.coarse_reference import Unknown
 from dgefx.passes.forms import randomise_constants
 from dgefx.passes.grid import Layout
 from dgefx.passes.rewrite import BlockPlan, build_block
@@ -292,9 +295,25 @@ def verify_mixed(
         handle.remove()
     if not bool(torch.isfinite(found).all()):
         raise Refused("verification: NaN or infinity at mixed granularities", "verification failed")
-    if dense is None or not (plan.exact_at_any_level or plan.tokens_apart):
+    if dense is None:
         return
     before = torch.zeros_like(stream) if plan.layout.update else stream
+    if plan.exact_at_any_level or plan.tokens_apart:
+        _compare_identities(found, dense, converted, plan, probe, constant, routings[0], before)
+    if plan.reference is not None and not plan.exact_at_any_level:
+        _compare_coarse(found, dense, converted, plan, probe, levels, before)
+
+
+def _compare_identities(
+    found: Tensor,
+    dense: nn.Module,
+    converted: DGEBlock,
+    plan: BlockPlan,
+    probe: Call,
+    constant: Tensor,
+    routing: Routing,
+    before: Tensor,
+) -> None:
     values = [
         converted.dge_router.tokens_of(value, plan.layout.grid)
         for value in (found, _run(dense, probe), before)
@@ -302,10 +321,47 @@ def verify_mixed(
     if plan.exact_at_any_level:
         own, wanted, start = (value[constant] for value in values)
         _require_equal(own, wanted, start, "mixed granularities on patch-constant input")
-    if plan.tokens_apart and routings[0].ragged is None:  # else there is no slot per token
-        alone = _own_queries(routings[0].token_slot) & ~constant[:, None]
+    if plan.tokens_apart and routing.ragged is None:  # else there is no slot per token
+        alone = _own_queries(routing.token_slot) & ~constant[:, None]
         own, wanted, start = (value[:, plan.layout.prefix :][alone] for value in values)
         _require_equal(own, wanted, start, "fine tokens beside coarse ones")
+
+
+def _compare_coarse(
+    found: Tensor,
+    dense: nn.Module,
+    converted: DGEBlock,
+    plan: BlockPlan,
+    probe: Call,
+    levels: Tensor,
+    before: Tensor,
+) -> None:
+    """Against the dense block's own operations on all tokens. Not told: blocks that have values
+    with images on no axis of their own (`Unknown`)."""
+    assert plan.reference is not None
+    args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, probe)
+    patches = _patch_numbers(converted.dge_router, levels)
+    try:
+        wanted = plan.reference.run(dense, plan.spec.bind(args, kwargs), patches)
+    except Unknown:
+        return
+    if not is_close(found, wanted, before):
+        error = relative_error(found - before, wanted - before)
+        raise Refused(
+            f"verification: mixed granularities differ from un-pool, operation, pool by "
+            f"{error:.1e} of the update",
+            "verification failed",
+        )
+
+
+def _patch_numbers(router: Router, levels: Tensor) -> Tensor:
+    """(B, H*W) the patch of every token at these levels, numbered over the batch."""
+    tables = router.tables(router.grid, levels.device)
+    first = [0, *itertools.accumulate(table.patch_region.numel() for table in tables)]
+    patch = torch.stack([t.token_patch + n for t, n in zip(tables, first, strict=False)], 1)
+    own = levels[:, tables[0].patch_region]
+    number = patch.expand(len(levels), -1, -1).gather(2, own.unsqueeze(2)).squeeze(2)
+    return number + first[-1] * torch.arange(len(levels), device=levels.device).unsqueeze(1)
 
 
 def _constant_images(plan: BlockPlan, images: int, config: DGEConfig) -> Tensor:
