@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,16 +175,38 @@ def check_model(model: Any) -> None:
             )
 
 
-def working_copy(model: nn.Module) -> nn.Module:
-    """A float32 copy in eval mode, without gradients. Hooks stay: they are part of the model."""
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy to work on.
+
+    Raises:
+        ValueError: it cannot be copied, and what to do.
+    """
     try:
-        copied = copy.deepcopy(model)
+        return copy.deepcopy(model)
     except Exception as error:
+        hint = _computed_weights(model)
         raise ValueError(
             f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
-            f"copy so that a failure leaves the model as it was"
+            f"copy so that a failure leaves the model as it was{hint}"
         ) from error
-    return copied.float().eval().requires_grad_(False)
+
+
+def _computed_weights(model: nn.Module) -> str:
+    """What to do about weights that a hook computes from others before every forward."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                return (
+                    f". {name}.{key} is computed from other parameters: make it one before, with "
+                    f"torch.nn.utils.prune.remove(module, {key!r}) after pruning, "
+                    f"torch.nn.utils.remove_weight_norm or remove_spectral_norm"
+                )
+    return ""
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A float32 copy in eval mode, without gradients. Hooks stay: they are part of the model."""
+    return deep_copy(model).float().eval().requires_grad_(False)
 
 
 def install(
@@ -246,9 +269,9 @@ def analyse(
         outlines = outline(work, call)
         captured = capture(work, *call)
         sites = locate(captured, batch_size(call))
-        if not sites:
+        if not sites and must_convert:
             raise ValueError(
-                f"no attention found in {type(model).__name__}: looked for "
+                f"no attention blocks found in {type(model).__name__}: looked for "
                 f"scaled_dot_product_attention, multi_head_attention_forward, matmul-softmax-"
                 f"matmul and grid_sample weighed by a softmax among {len(captured.graph.nodes)} "
                 f"operations of one forward pass. {_RECOGNISED}"
@@ -270,8 +293,9 @@ def analyse(
         costs = _price(work, plans, calls, config.bounded())
         del calls
         _drop_without_gain(work, sites, plans, costs, must_convert)
-        plans = find_sources(plans, sizes, work, call)
-        _install_and_verify(work, plans, call, output, config.bounded())
+        if plans:
+            plans = find_sources(plans, sizes, work, call)
+            _install_and_verify(work, plans, call, output, config.bounded())
     images = batch_size(call)
     return Analysis(work, call, images, sites, outlines, plans, costs, macs_dense, config)
 
@@ -418,9 +442,13 @@ def _drop_without_gain(
 def _tell_quantised(work: nn.Module, site: Site, must_convert: bool) -> None:
     """Where a refused block's weights are of a type that is not torch's own, that is why."""
     block = work.get_submodule(site.name)
-    types = {type(parameter.data) for parameter in block.parameters()} - {Tensor}
+    weights = (parameter.data for parameter in block.parameters())
+    types = {type(weight).__name__ for weight in weights if type(weight) is not Tensor}
+    # packed weights, as of torch.ao's quantize_dynamic, are no parameters
+    held: list[Any] = [value for module in block.modules() for value in vars(module).values()]
+    types |= {value._type().name() for value in held if type(value) is torch.ScriptObject}
     if types:
-        names = " and ".join(sorted(kind.__name__ for kind in types))
+        names = " and ".join(sorted(types))
         site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(names)}", "quantised"))
         if must_convert:
             raise ValueError(f"block {site.name} cannot be converted: {site.reason}")

@@ -17,20 +17,12 @@ from torch import Tensor, nn
 from dgefx.calibrate import check_gamma
 from dgefx.calibration.images import CalibrationCalls
 from dgefx.convert import revert
+from dgefx.example import example_of
 from dgefx.modes import evaluating
 from dgefx.passes.cost import count_macs
 from dgefx.record import Record, conversion_record, converted_blocks, unwrap
 
-
-def unwrap_all(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, however nested."""
-    while True:
-        inner = unwrap(model)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is model:
-            return model
-        model = inner
+unwrap_all = unwrap
 
 
 def budget_loss(
@@ -137,7 +129,7 @@ def measured_ratio(
     """
     inner = unwrap_all(model)
     record = conversion_record(inner)
-    calls = CalibrationCalls.of(inner, record.example, images, max_images, batch_size)
+    calls = CalibrationCalls.of(inner, example_of(inner, record), images, max_images, batch_size)
     dense = revert(inner).eval()
     spent = wanted = 0
     with evaluating(inner):

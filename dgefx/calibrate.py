@@ -17,6 +17,7 @@ from torch import nn
 
 from dgefx.calibration.images import CalibrationCalls
 from dgefx.calibration.session import Session, Settings
+from dgefx.example import example_of
 from dgefx.modes import evaluating
 from dgefx.record import (
     Record,
@@ -24,6 +25,7 @@ from dgefx.record import (
     check_unsharded,
     conversion_record,
     converted_blocks,
+    kept_on_error,
     train_corrections_like_block,
     unwrap,
 )
@@ -76,7 +78,8 @@ def calibrate(
        so that `set_budget` needs no images.
 
     Args:
-        model: converted; changed in place. Evaluated in eval mode; its mode is restored.
+        model: converted; changed in place. Evaluated in eval mode; its mode is restored. Of a model
+            around a converted one (a head, a detector), the distance is that of the whole's output.
         images: any iterable of model inputs of the size it was converted for: a DataLoader (what
             follows the images in a batch, such as labels, is ignored), single images or batches,
             dicts, or one tensor. Moved to the model's device and dtype. 100 images are plenty.
@@ -106,6 +109,11 @@ def calibrate(
     record = conversion_record(model)
     target = unwrap(model)
     check_unsharded(target, "calibrate")
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "model is in DistributedDataParallel, which would know nothing of corrections that are "
+            "fitted now; calibrate the model before it is wrapped"
+        )
     value = record.gamma if gamma is None else check_gamma(gamma)
     _check_count("max_images", max_images, 1)
     _check_count("batch_size", batch_size, 1)
@@ -117,10 +125,15 @@ def calibrate(
     settings = Settings(value, distance, correction_rank, refine_passes, progress)
     # what is fitted must be of use outside inference mode too
     with torch.inference_mode(False):
-        calls = CalibrationCalls.of(target, record.example, images, max_images, batch_size)
-        with _preserved(target, record), _bounded(target, record):
-            Session(target, record, calls, settings).run()
-            apply_budget(target, record, value)
+        calls = CalibrationCalls.of(
+            target, example_of(target, record), images, max_images, batch_size
+        )
+        with kept_on_error(target, record):
+            with evaluating(target), _bounded(target, record):
+                Session(target, record, calls, settings).run()
+                apply_budget(target, record, value)
+            for block in converted_blocks(target, record).values():
+                train_corrections_like_block(block)
     return model
 
 
@@ -159,23 +172,3 @@ def _bounded(model: nn.Module, record: Record) -> Iterator[None]:
     finally:
         for router, config in zip(routers, configs, strict=True):
             router.config = config
-
-
-@contextmanager
-def _preserved(model: nn.Module, record: Record) -> Iterator[None]:
-    """Eval mode inside; modes after; and on failure the calibration and budget from before."""
-    kept = record.calibration, record.gamma, record.report
-    routers = {n: b.dge_router for n, b in converted_blocks(model, record).items()}
-    states = {n: (r.plan, r.importance, r.correction) for n, r in routers.items()}
-    try:
-        with evaluating(model):
-            yield
-        for block in converted_blocks(model, record).values():
-            train_corrections_like_block(block)
-    except BaseException:
-        record.calibration, record.gamma, record.report = kept
-        for name, router in routers.items():
-            router.plan, importance, correction = states[name]
-            router.set_importance(importance)
-            router.set_correction(correction)
-        raise

@@ -12,6 +12,7 @@ from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
 from dgefx.calibrate import calibrate, check_gamma
 from dgefx.calibration.images import check_iterable
 from dgefx.config import DGEConfig
+from dgefx.example import describe_call
 from dgefx.exported import as_module, exported_inputs
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import solve
@@ -24,13 +25,14 @@ from dgefx.record import (
     check_unsharded,
     conversion_record,
     converted_blocks,
-    describe_call,
+    find_parts,
     guessed_choices,
     open_gates,
     set_record,
     unwrap,
 )
 from dgefx.report import Report
+from dgefx.rollback import undone_on_error
 
 
 def _check_config(config: Any) -> DGEConfig:
@@ -97,8 +99,9 @@ def convert(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: gamma out of range or under the floor, no usable example input, nothing to
-            convert (with the reason per block), or a model that is already converted. The model
-            is unchanged then.
+            convert (with the reason per block), or a model that is already converted.
+
+        Whatever is raised, a keyboard interrupt too, `model` is as it was, also with `inplace`.
     """
     inputs = exported_inputs(model) if example_inputs is None else example_inputs
     dense: nn.Module = as_module(model, inplace)
@@ -107,15 +110,10 @@ def convert(
         check_iterable("calibration", calibration)
     analysis = analyse(dense, inputs, settings, filter_fn)
     chosen = _solve(analysis, value)
-    target = install_analysis(dense if inplace else copy.deepcopy(dense), analysis, value, chosen)
-    if calibration is None:
-        return target
-    try:
-        return calibrate(target, calibration)
-    except BaseException:
-        if inplace:
-            revert(target, inplace=True)
-        raise
+    target = dense if inplace else copy.deepcopy(dense)
+    with undone_on_error(target):
+        install_analysis(target, analysis, value, chosen)
+        return target if calibration is None else calibrate(target, calibration)
 
 
 def _solve(analysis: Analysis, gamma: float) -> dict[str, Plan]:
@@ -158,9 +156,10 @@ def explain(
     config: DGEConfig | None = None,
     filter_fn: FilterFn | None = None,
 ) -> Report:
-    """What `convert` would do, without doing it. Arguments and errors as `convert`, but for two
-    that the report tells of: attention of which no block converts, and a `gamma` under the floor,
-    for which every block is shown at its coarsest (`ratio` is then the floor)."""
+    """What `convert` would do, without doing it. Arguments and errors as `convert`, but for three
+    that the report tells of: no attention at all, attention of which no block converts, and a
+    `gamma` under the floor, for which every block is shown at its coarsest (`ratio` is then the
+    floor)."""
     inputs = exported_inputs(model) if example_inputs is None else example_inputs
     dense: nn.Module = as_module(model)
     value, settings = _check_arguments(dense, gamma, config, filter_fn)
@@ -172,23 +171,41 @@ def explain(
 
 
 def report(model: nn.Module) -> Report:
-    """The report of the conversion that made `model`."""
+    """The report of the conversion that made `model`, or the one converted part of it.
+
+    Names, MACs and ratios are those of the module that was converted, at its own example inputs.
+
+    Raises:
+        TypeError, ValueError: not a converted model, or one with several converted parts.
+    """
     return conversion_record(model).report
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The dense model again, with the converted model's current parameters.
 
+    Args:
+        model: converted, or with converted parts, all of which are reverted.
+        inplace: change `model` itself; it is returned, without what torch.compile or
+            DistributedDataParallel put around it.
+
     Raises:
-        TypeError, ValueError: not a converted model.
+        TypeError, ValueError: not a converted model; it is unchanged then.
     """
-    conversion_record(model)
+    find_parts(model)
     check_unsharded(model, "revert")
-    target = unwrap(model) if inplace else copy.deepcopy(unwrap(model))
-    for name, module in list(target.named_modules()):
+    inner = unwrap(model)
+    if not inplace:
+        return _revert(copy.deepcopy(inner))
+    with undone_on_error(inner):
+        return _revert(inner)
+
+
+def _revert(model: nn.Module) -> nn.Module:
+    for name, module in list(model.named_modules()):
         if isinstance(module, DGEBlock):
-            put(target, name, module.dense_block())
-    for module in target.modules():
+            put(model, name, module.dense_block())
+    for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, GridShape):
                 del module._forward_hooks[key]
@@ -196,6 +213,5 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             if isinstance(before, ImageHook):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    restore(target)
-    set_record(target, None)
-    return target
+    restore(model)
+    return model

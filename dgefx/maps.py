@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgefx.calibration.images import ExampleCall, one_batch, placed
+from dgefx.example import example_of
 from dgefx.kernels.routing import Routing
 from dgefx.modes import evaluating
 from dgefx.nn.hierarchy import side_counts
@@ -29,7 +30,7 @@ COLOURS = ("tab:red", "tab:orange", "tab:cyan", "tab:blue", "tab:purple")  # fin
 def _routings(model: nn.Module, images: Any) -> dict[str, Routing]:
     record = conversion_record(model)
     target = unwrap(model)
-    example = ExampleCall(record.example, target)
+    example = ExampleCall(example_of(target, record), target)
     tensors = one_batch(images, example)
     found: dict[str, Routing] = {}
     with ExitStack() as stack:
@@ -185,7 +186,8 @@ def plot_granularity(
     names = _spread(routings, blocks) if isinstance(blocks, int) else list(blocks)
     if unknown := sorted(set(names) - set(routings)):
         raise ValueError(f"blocks {unknown} are not converted blocks; there are {list(routings)}")
-    example = ExampleCall(conversion_record(model).example, unwrap(model))
+    target = unwrap(model)
+    example = ExampleCall(example_of(target, conversion_record(target)), target)
     pictures = _pixels(one_batch(images, example)[example.first], mean, std)
     columns = 1 + len(names)
     figure = Figure(figsize=(2.2 * columns, 2.2 * len(pictures) + 0.9), layout="constrained")

@@ -7,22 +7,20 @@ budget becomes slots.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import nn
 
-from dgefx.analysis import is_converted
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost, Choices, floor_ratio, guess_losses, solve
 from dgefx.nn.capacity import Plan
 from dgefx.nn.router import Router
-from dgefx.passes.capture import Call
 from dgefx.report import Report
-
-RECORD = "dgefx_record"
+from dgefx.rollback import undone_on_error
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Calibration:
 
 @dataclass
 class Record:
-    """Kept on a converted model: how it was made and what its blocks cost."""
+    """How a model was converted and what its blocks cost; kept by its blocks."""
 
     config: DGEConfig
     gamma: float
@@ -65,71 +63,132 @@ class Record:
         return self.macs_dense - sum(cost.dense for cost in self.costs.values())
 
 
-def set_record(model: nn.Module, record: Record | None) -> None:
-    """Keep `record` on a converted model; None takes it away.
+@dataclass(frozen=True)
+class Part:
+    """A conversion found in a model: of the model itself, or of a part of it.
 
-    Copies of a graph module keep its `meta` and no other attribute, pickled ones all but `meta`.
+    name: of the module that was converted, "" for the model itself; None where it is not in the
+    model, only blocks that were taken out of it.
+    blocks: its blocks by their names in that module, those that are missing left out.
     """
-    kept: list[dict[str, Any]] = [vars(model)]
-    if isinstance(model, fx.GraphModule):
-        kept.append(model.meta)
-    for attributes in kept:
-        attributes.pop(RECORD, None)
-        if record is not None:
-            attributes[RECORD] = record
+
+    record: Record
+    name: str | None
+    blocks: dict[str, DGEBlock]
 
 
-def _record_on(model: Any) -> Any:
-    record = getattr(model, RECORD, None)
-    if record is None and isinstance(model, fx.GraphModule):
-        return model.meta.get(RECORD)
-    return record
+def set_record(model: nn.Module, record: Record) -> None:
+    """Let the converted blocks lead to the record of their conversion, wherever they are moved.
 
-
-def conversion_record(model: Any) -> Record:
-    """How `model` was converted.
-
-    Raises:
-        TypeError, ValueError: not a model, or not a converted one.
+    Copies of a model, pickled ones too, have one record of their own.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    record = _record_on(unwrap(model))
-    inner = getattr(model, "module", None)
-    if record is None and isinstance(_record_on(inner), Record):
-        raise ValueError(f"model wraps a converted one in {type(model).__name__}; pass its .module")
-    if not isinstance(record, Record) or not is_converted(model):
-        raise ValueError("model is not a converted one; call dgefx.convert(model) first")
-    return record
+    for name in record.costs:
+        vars(model.get_submodule(name))["_dge_record"] = (record, name)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model that torch.compile or torch's `checkpoint_wrapper` wraps, or the model itself."""
-    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
-        inner = getattr(model, name, model)
-        model = inner if isinstance(inner, nn.Module) else model
-    return model
+    """The model inside torch.compile, torch's `checkpoint_wrapper`, DistributedDataParallel and
+    DataParallel, however nested."""
+    while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "_checkpoint_wrapped_module", model))
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is model or not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _blocks_by_record(model: nn.Module) -> list[tuple[Record, dict[str, DGEBlock]]]:
+    found: dict[int, tuple[Record, dict[str, DGEBlock]]] = {}
+    for module in model.modules():
+        if isinstance(module, DGEBlock) and module._dge_record is not None:
+            record, name = module._dge_record
+            found.setdefault(id(record), (record, {}))[1].setdefault(name, module)
+    return list(found.values())
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return unwrap(model.get_submodule(path.removeprefix(".")))
+    except AttributeError:
+        return None
+
+
+def _converted_at(model: nn.Module, blocks: Mapping[str, DGEBlock]) -> str | None:
+    """The module of `model` in which `blocks` have their names."""
+    first, block = next(iter(blocks.items()))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if unwrap(module) is not block or not f".{path}".endswith(f".{first}"):
+            continue
+        at = path.removesuffix(first).removesuffix(".")
+        if all(_module_at(model, f"{at}.{name}") is other for name, other in blocks.items()):
+            return at
+    return None
+
+
+def find_parts(model: Any) -> list[Part]:
+    """All conversions in `model`, also inside torch.compile and DistributedDataParallel.
+
+    A copy of a block that stands in the block's place, with a copy of its record, is taken for it.
+
+    Raises:
+        TypeError, ValueError: not a model, or one without converted blocks.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    inner = unwrap(model)
+    parts: list[Part] = []
+    taken: set[DGEBlock] = set()
+    for record, found in sorted(_blocks_by_record(inner), key=lambda group: -len(group[1])):
+        blocks = {name: block for name, block in found.items() if block not in taken}
+        if not blocks:
+            continue
+        at = _converted_at(inner, blocks)
+        for name in record.costs:
+            other = None if at is None else _module_at(inner, f"{at}.{name}")
+            if isinstance(other, DGEBlock) and (other._dge_record or ("", ""))[1] == name:
+                blocks.setdefault(name, other)
+        taken.update(blocks.values())
+        parts.append(Part(record, at, blocks))
+    if not parts:
+        raise ValueError("model is not a converted one; call dgefx.convert(model) first")
+    return parts
+
+
+def conversion_record(model: Any) -> Record:
+    """How `model` was converted, or the one part of it that was.
+
+    Raises:
+        TypeError, ValueError: not a model, not a converted one, or one with several converted
+            parts.
+    """
+    parts = find_parts(model)
+    own = [part for part in parts if part.name == ""]
+    if len(own) != 1 and len(parts) > 1:
+        names = [repr(p.name) if p.name is not None else f"around {[*p.blocks]}" for p in parts]
+        raise ValueError(
+            f"model holds {len(parts)} parts that were converted apart, {', '.join(names)}, each "
+            f"with a budget of its own; pass one of them, as model.get_submodule(name)"
+        )
+    return (own or parts)[0].record
 
 
 def converted_blocks(model: nn.Module, record: Record) -> dict[str, DGEBlock]:
-    """The converted blocks by name, in the order they run; also those in `torch.compile`.
+    """The blocks of a conversion by their names in the module that was converted, in the order
+    they run, wherever in `model` they are.
 
     Raises:
         ValueError: a block was taken out or wrapped after the conversion.
     """
-    found = {}
-    for name in record.costs:
-        try:
-            block = unwrap(model.get_submodule(name))
-        except AttributeError:
-            block = None
-        if not isinstance(block, DGEBlock):  # sharded blocks are of a type derived from it
-            raise ValueError(
-                f"block {name} was converted but is now {type(block).__name__}; put the converted "
-                f"block back, or convert the changed model again (dgefx.revert undoes a conversion)"
-            )
-        found[name] = block
-    return found
+    part = next(part for part in find_parts(model) if part.record is record)
+    if missing := [name for name in record.costs if name not in part.blocks]:
+        at = None if part.name is None else _module_at(model, f"{part.name}.{missing[0]}")
+        now = "not in the model" if at is None else f"now {type(at).__name__}"
+        raise ValueError(
+            f"block {missing[0]} was converted but is {now}; put the converted block back, or "
+            f"convert the changed model again (dgefx.revert undoes a conversion)"
+        )
+    return {name: part.blocks[name] for name in record.costs}
 
 
 def check_unsharded(model: nn.Module, call: str) -> None:
@@ -192,11 +251,25 @@ def apply_budget(model: nn.Module, record: Record, gamma: float) -> None:
     """Solve for `gamma` and give every block its slots; updates the record's report.
 
     Raises:
-        ValueError: gamma is under the floor; nothing is changed then.
+        ValueError: gamma is under the floor. Whatever is raised, nothing is changed then.
     """
     choices = budget_choices(model, record)
     chosen = solve(choices, record.rest, record.macs_dense, gamma)
-    apply_plans(model, record, chosen, gamma)
+    with kept_on_error(model, record):
+        apply_plans(model, record, chosen, gamma)
+
+
+@contextmanager
+def kept_on_error(model: nn.Module, record: Record) -> Iterator[None]:
+    """Whatever is raised inside, the calibration and budget from before."""
+    kept = record.calibration, record.gamma, record.report
+    routers = [block.dge_router for block in converted_blocks(model, record).values()]
+    try:
+        with undone_on_error(*routers):
+            yield
+    except BaseException:
+        record.calibration, record.gamma, record.report = kept
+        raise
 
 
 def open_gates(blocks: Mapping[str, DGEBlock], gamma: float) -> None:
@@ -229,22 +302,3 @@ def apply_plans(model: nn.Module, record: Record, chosen: dict[str, Plan], gamma
         blocks=tuple(reports.values()),
         calibrated=record.calibration is not None,
     )
-
-
-def describe_tensor(value: Tensor) -> dict[str, Any]:
-    """Shape and dtype in JSON's terms; see `dgefx.serialize`."""
-    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-
-
-def describe_call(call: Call) -> list[Any]:
-    """Shapes of an example call in JSON's terms; see `dgefx.serialize`."""
-
-    def describe(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return describe_tensor(value)
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return {"value": value}
-        return {"unknown": type(value).__name__}
-
-    args, kwargs = call
-    return [[describe(a) for a in args], {k: describe(v) for k, v in kwargs.items()}]

@@ -38,7 +38,7 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Whole-model figures and every attention block seen.
+    """Whole-model figures and every attention block seen; none where a model has no attention.
 
     gamma: asked for. ratio: MACs over the dense model's, by `FlopCounterMode`. macs, macs_dense:
     multiply-accumulates per image. floor: the lowest ratio this model can be set to. calibrated:
@@ -74,6 +74,11 @@ class Report:
             table.caption = (
                 "shares of the budget guessed from depth; dgefx.calibrate(model, images) measures "
                 "them on a few unlabelled images"
+            )
+        if not self.blocks:
+            table.caption = (
+                "no attention blocks found, so there is nothing to convert; dgefx.convert says "
+                "what was looked for"
             )
         if self.gamma < self.floor and self.converted:
             table.caption = (

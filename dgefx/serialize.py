@@ -6,7 +6,6 @@ every block the slots it had.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from dgefx.analysis import Analysis, analyse
+from dgefx.analysis import Analysis, analyse, check_model, deep_copy
 from dgefx.config import DGEConfig
 from dgefx.convert import install_analysis
+from dgefx.example import describe_tensor
 from dgefx.exported import as_module
 from dgefx.kernels.correction import Correction
 from dgefx.nn.block import DGEBlock
@@ -26,31 +26,32 @@ from dgefx.nn.router import Router
 from dgefx.record import (
     BlockTable,
     Calibration,
+    Part,
     apply_plans,
     check_unsharded,
     conversion_record,
     converted_blocks,
-    describe_tensor,
+    find_parts,
     train_corrections_like_block,
     unwrap,
 )
 
-FORMAT = 3
-_READABLE = (1, 3)  # 1 had no calibration, 2 was never released
+_READABLE = (1, 3, 4)  # 1 had no calibration, 2 was never released, 4 has several parts
 CONFIG_FILE = "dgefx.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Write a converted model.
+    """Write a converted model, or a model with converted parts.
 
     Args:
         folder: made if missing; receives `dgefx.json` and `model.safetensors`.
 
     Raises:
-        TypeError, ValueError: not a converted model, or one with single modules wrapped.
+        TypeError, ValueError: not a converted model, one with single modules wrapped, or blocks
+            that were taken out of the model that was converted.
     """
-    record = conversion_record(model)
+    parts = find_parts(model)
     model = unwrap(model)
     check_unsharded(model, "save")
     if wrapped := [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]:
@@ -58,21 +59,38 @@ def save(model: nn.Module, folder: str | Path) -> None:
             f"modules {wrapped} are wrapped by torch.compile, which changes the names of their "
             f"weights; save the model before it is compiled, or compile it with module.compile()"
         )
+    # a model before its parts, as load() converts them in this order
+    described = {_name(part): _describe_part(model, part) for part in sorted(parts, key=_name)}
+    content = {"format": 4, "parts": described}
+    if list(described) == [""]:  # as it was before there were parts
+        content = {"format": 3, **described[""]}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    blocks = converted_blocks(model, record)
-    slots = {name: list(block.dge_router.plan.capacities) for name, block in blocks.items()}
-    content = {
-        "format": FORMAT,
+    (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    save_model(model, str(path / WEIGHTS_FILE))
+
+
+def _name(part: Part) -> str:
+    if part.name is None:
+        raise ValueError(
+            f"blocks {[*part.blocks]} were taken out of the model that they were converted in, "
+            f"without which load() cannot convert them again; save a model that holds that one as "
+            f"it was converted, or keep model.state_dict()"
+        )
+    return part.name
+
+
+def _describe_part(model: nn.Module, part: Part) -> dict[str, Any]:
+    """One conversion in JSON's terms."""
+    record, blocks = part.record, converted_blocks(model, part.record)
+    return {
         "config": record.config.to_dict(),
         "gamma": record.gamma,
         "example": record.example,
-        "slots": slots,
+        "slots": {name: list(block.dge_router.plan.capacities) for name, block in blocks.items()},
         "calibration": _describe(record.calibration),
         "fitted": _describe_fitted(blocks),
     }
-    (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    save_model(model, str(path / WEIGHTS_FILE))
 
 
 def _describe(calibration: Calibration | None) -> dict[str, Any] | None:
@@ -154,7 +172,7 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
 
     Args:
         folder: written by `save`.
-        dense_model: of the architecture that was converted, dense; unchanged, its weights do not
+        dense_model: of the architecture that was saved, dense; unchanged, its weights do not
             matter.
         example_inputs: only for models with arguments that JSON cannot describe.
 
@@ -174,37 +192,15 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
             f"{path / CONFIG_FILE} has format {content.get('format')!r}, this dgefx reads "
             f"{_READABLE}"
         )
-    dense_model = as_module(dense_model)
-    config, slots = DGEConfig.from_dict(content["config"]), content["slots"]
-    inputs = example_inputs
-    if inputs is None:
-        args, kwargs = content["example"]
-        device = next((p.device for p in dense_model.parameters()), torch.device("cpu"))
-
-        def build(described: Any) -> Any:
-            value = _rebuild(described)
-            return value.to(device) if isinstance(value, torch.Tensor) else value
-
-        rebuilt = {k: build(v) for k, v in kwargs.items()}
-        inputs = rebuilt if rebuilt and not args else tuple(build(a) for a in args)
-    analysis = analyse(dense_model, inputs, config, lambda _module, name: name in slots)
-    if set(analysis.plans) != set(slots):
-        raise ValueError(
-            f"dense_model does not fit {path}: blocks {sorted(set(slots) ^ set(analysis.plans))} "
-            f"are converted in only one of the two"
-        )
-    chosen = {
-        name: plan_of(plan.space(config), config, tuple(slots[name]))
-        for name, plan in analysis.plans.items()
-    }
-    model = install_analysis(copy.deepcopy(dense_model), analysis, content["gamma"], chosen)
-    record = conversion_record(model)
-    record.calibration = _rebuild_calibration(content.get("calibration"), analysis)
-    blocks = converted_blocks(model, record)
-    for name, described in content.get("fitted", {}).items():
-        _reserve(blocks[name].dge_router, described)
-        train_corrections_like_block(blocks[name])
-    apply_plans(model, record, chosen, content["gamma"])
+    dense = as_module(dense_model)
+    check_model(dense)
+    model = deep_copy(dense)
+    for name, described in content.get("parts", {"": content}).items():
+        try:
+            part = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"dense_model does not fit {path}: {error}") from error
+        _convert_again(part, described, example_inputs, path)
     try:
         missing, unexpected = load_model(model, str(path / WEIGHTS_FILE), strict=False)
     except RuntimeError as error:
@@ -215,3 +211,42 @@ def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = No
             f"{sorted(unexpected)}"
         )
     return model
+
+
+def _example(described: list[Any], model: nn.Module) -> Any:
+    """Example inputs like those of a conversion."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def build(described: Any) -> Any:
+        value = _rebuild(described)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = described
+    rebuilt = {k: build(v) for k, v in kwargs.items()}
+    return rebuilt if rebuilt and not args else tuple(build(a) for a in args)
+
+
+def _convert_again(
+    model: nn.Module, content: dict[str, Any], example_inputs: Any, path: Path
+) -> None:
+    """Convert `model` itself as described, with room for the weights."""
+    config, slots = DGEConfig.from_dict(content["config"]), content["slots"]
+    inputs = _example(content["example"], model) if example_inputs is None else example_inputs
+    analysis = analyse(model, inputs, config, lambda _module, name: name in slots)
+    if set(analysis.plans) != set(slots):
+        raise ValueError(
+            f"dense_model does not fit {path}: blocks {sorted(set(slots) ^ set(analysis.plans))} "
+            f"are converted in only one of the two"
+        )
+    chosen = {
+        name: plan_of(plan.space(config), config, tuple(slots[name]))
+        for name, plan in analysis.plans.items()
+    }
+    install_analysis(model, analysis, content["gamma"], chosen)
+    record = conversion_record(model)
+    record.calibration = _rebuild_calibration(content.get("calibration"), analysis)
+    blocks = converted_blocks(model, record)
+    for name, described in content.get("fitted", {}).items():
+        _reserve(blocks[name].dge_router, described)
+        train_corrections_like_block(blocks[name])
+    apply_plans(model, record, chosen, content["gamma"])

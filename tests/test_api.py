@@ -389,7 +389,7 @@ def test_wrapped_models_are_refused_with_advice(dense: nn.Module) -> None:
 def test_not_a_model_and_no_attention() -> None:
     with pytest.raises(TypeError, match=r"must be a torch.nn.Module, found list"):
         dgefx.convert([])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no attention found in Nothing"):
+    with pytest.raises(ValueError, match="no attention blocks found in Nothing"):
         dgefx.convert(Nothing(), example_inputs=X)
     with pytest.raises(ValueError, match="not a converted one"):
         dgefx.report(Nothing())

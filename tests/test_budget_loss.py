@@ -21,6 +21,7 @@ from dgefx import DGEConfig
 from dgefx.budget_loss import asked_ratio
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.router import Router
+from dgefx.record import conversion_record
 from dgefx.training.gates import set_gates
 from tests.helpers import COMPILERS, TinyViT, error, images, macs, randomise
 
@@ -153,7 +154,7 @@ def test_gates_move_towards_the_budget_from_both_sides(start: float) -> None:
         router.gate.bias.data.copy_(torch.tensor([start, 0.0, -start]))
     parameters = [p for r in routers(model) if r.gate for p in r.gate.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.05)
-    record = model.dgefx_record
+    record = conversion_record(model)
     seen = []
     for _ in range(80):
         model(x)
@@ -338,7 +339,7 @@ def test_another_image_size_counts_by_share(side: int) -> None:
             router.gate.bias.data.copy_(10.0 * (torch.arange(3) == level))
         for pixels in (x, images(2, side)):
             model(pixels)
-            ratio = asked_ratio(model, model.dgefx_record)
+            ratio = asked_ratio(model, conversion_record(model))
             assert ratio is not None and ratio.requires_grad
             found.append(float(ratio.detach()))
     # all fine and all coarse are that at any size

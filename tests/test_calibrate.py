@@ -361,7 +361,8 @@ def test_convert_with_bad_images_leaves_the_model_dense() -> None:
     with pytest.raises(ValueError, match="NaN"):
         dgefx.convert(dense, 0.6, example_inputs=X[:2], calibration=X * float("nan"), inplace=True)
     assert [n for n, _ in dense.named_modules()] == names
-    assert not hasattr(dense, "dgefx_record")
+    with pytest.raises(ValueError, match="not a converted one"):
+        conversion_record(dense)
 
 
 class Outputs(nn.Module):

@@ -266,7 +266,7 @@ def test_sampled_keys_and_values_belong_to_the_attention_that_reads_them(budget:
 @pytest.mark.parametrize("kind", ["affine", "flow", "table"])
 def test_resampling_is_no_attention(kind: str) -> None:
     assert kinds(Warp(16, kind)) == []
-    with pytest.raises(ValueError, match="no attention found"):
+    with pytest.raises(ValueError, match="no attention blocks found"):
         dgefx.convert(GridModel(GridBlock(16, Warp(16, kind))), example_inputs=images(2, 64))
     # beside a real attention it is an island or the block's refusal, never wrong
     dense = randomise(GridModel(GridBlock(16, Attention(16), Warp(16, kind)))).eval()
@@ -281,5 +281,5 @@ def test_resampling_is_no_attention(kind: str) -> None:
 
 
 def test_weights_that_are_no_softmax_are_no_attention() -> None:
-    with pytest.raises(ValueError, match="no attention found"):
+    with pytest.raises(ValueError, match="no attention blocks found"):
         dgefx.convert(DPVT(**SMALL, softmax=False), example_inputs=images(2, 48))

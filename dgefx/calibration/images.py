@@ -24,7 +24,7 @@ class ExampleCall:
     """How the model was called at conversion: which arguments are tensors, and of which shape.
 
     Args:
-        described: as `dgefx.record.describe_call` writes it.
+        described: as `dgefx.example.describe_call` writes it.
     """
 
     def __init__(self, described: list[Any], model: nn.Module) -> None:

@@ -174,7 +174,7 @@ def measure(case: Case, backend: str = "eager") -> Result:
                 raise
             report = dgefx.explain(model, 1.0, example_inputs=example)
     except Exception as error:  # models are anybody's code: whatever happens is the result
-        if "no attention found in" in str(error):
+        if "no attention blocks found in" in str(error):
             result.unseen = _counted(case, softmaxes, [])
             result.status = "unseen" if result.unseen and case.over_grid else "no attention"
         else:

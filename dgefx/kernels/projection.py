@@ -20,8 +20,9 @@ def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
     """Features [start, stop) of `layer(x)`.
 
     Args:
-        layer: an `nn.Linear`, of which only these rows are computed; one with hooks, or what was
-            put into its place after the conversion (an adapter, a quantised layer), is called.
+        layer: an `nn.Linear`, of which only these rows are computed; one with hooks (some compute
+            its weight, as pruning does), or what was put into its place after the conversion (an
+            adapter, a quantised layer), is called.
         x: (..., C).
     """
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:

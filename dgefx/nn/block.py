@@ -20,6 +20,7 @@ from dgefx.nn.block_types import FUNCTION, SWITCH, called_like, mixed_type, plai
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import choose_form
 from dgefx.nn.grid_shape import GridShape
+from dgefx.nn.methods import refused_methods
 from dgefx.nn.router import Router
 
 _SHARED_PREFIX = "_dge_"
@@ -83,6 +84,8 @@ class DGEBlock(nn.Module):
         for name, value in vars(dense).items():
             if name not in ("_modules", "_compiled_call_impl"):
                 self.__dict__[name] = value
+        for name, refused in refused_methods(type(dense), forms[0].eval_code.label).items():
+            self.__dict__.setdefault(name, refused)
         self._modules = dict(dense._modules)
         self.dge_router = router
         if constants:
@@ -91,6 +94,8 @@ class DGEBlock(nn.Module):
         self._dge_dense = (dense,)
         self._dge_forms = forms
         self._dge_specs = tuple(form.spec for form in forms)
+        # of the conversion, shared by its blocks, and this one's name in it: see `dgefx.record`
+        self._dge_record: tuple[Any, str] | None = None
         self.dge_grid_shape = grid_shape
 
     @property

@@ -41,13 +41,23 @@ def guards_of(
             Setting(module, name, value) for (module, name), value in traced.settings.items()
         ),
         kinds=tuple((name, type(block.get_submodule(name))) for name in traced.entered),
-        bypassed=(*traced.entered, *sorted(called & read_apart)),
+        bypassed=tuple(
+            name
+            for name in (*traced.entered, *sorted(called & read_apart))
+            if not _has_torch_hooks(block.get_submodule(name))
+        ),
         types=types,
         questions=None if asked is None else GraphCode(asked[0], "questions"),
         answers=frozenset() if asked is None else frozenset((asked[1],)),
         twice=_statistics_twice(traced, generated),
         knows_autocast=traced.knows_autocast,
     )
+
+
+def _has_torch_hooks(module: nn.Module) -> bool:
+    """Whether hooks of PyTorch's own compute its weights (weight norm): the trace holds them."""
+    hooks = module._forward_pre_hooks.values()
+    return any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
 
 
 def _statistics_twice(traced: Trace, generated: fx.Graph) -> tuple[str, ...]:

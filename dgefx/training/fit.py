@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dgefx.budget_loss import ratio_of_queries
 from dgefx.calibrate import check_gamma
 from dgefx.calibration.images import CalibrationCalls
+from dgefx.example import example_of
 from dgefx.kernels.routing import Routing
 from dgefx.modes import evaluating
 from dgefx.nn.gate import FINEST_PROBABILITY, Gate
@@ -66,7 +67,7 @@ def fit_gates(
     """
     record, inner = conversion_record(model), unwrap(model)
     routers = _gated_routers(inner, record, "fit_gates")
-    calls = CalibrationCalls.of(inner, record.example, images, max_images, batch_size)
+    calls = CalibrationCalls.of(inner, example_of(inner, record), images, max_images, batch_size)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in routers}
 
     def collect(name: str, inputs: tuple[Any, ...], _routing: Routing) -> None:
@@ -119,7 +120,7 @@ def settle_gates(
             )
         return record.report.ratio
     routers = _gated_routers(inner, record, "settle_gates")
-    calls = CalibrationCalls.of(inner, record.example, images, max_images, batch_size)
+    calls = CalibrationCalls.of(inner, example_of(inner, record), images, max_images, batch_size)
     before = {name: gate.bias.detach().clone() for name, (_, gate) in routers.items()}
     finer = {name: _finer(router.level_costs()) for name, (router, _) in routers.items()}
 

@@ -49,9 +49,11 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> n
     blocks = converted_blocks(model, conversion_record(model))
     if done := [n for n, m in model.named_modules() if isinstance(m, FSDPModule)]:
         raise ValueError(f"model is sharded already: modules {done}")
-    for name, block in blocks.items():
-        if hasattr(model.get_submodule(name), "_orig_mod"):
+    known = {id(block): name for name, block in blocks.items()}
+    for module in model.modules():
+        if (name := known.get(id(getattr(module, "_orig_mod", None)))) is not None:
             raise ValueError(f"block {name} is in torch.compile; shard the model, then compile it")
+    for block in blocks.values():
         if block is not model:
             fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)

@@ -101,10 +101,10 @@ def _judge_reasons(reasons: list[str]) -> None:
 
 def _refused(error: ValueError, spec: Spec) -> Outcome:
     lines = str(error).splitlines()
-    if lines[0].startswith("no attention found"):
+    if lines[0].startswith("no attention blocks found"):
         linear = spec.block.attention.kind == "linear"
         _require(linear or _has_one_key(spec), f"no attention was seen: {lines[0]}")
-        return Outcome((), ("no attention found",))
+        return Outcome((), ("no attention blocks found",))
     _require(lines[0].startswith("no attention block could be converted"), f"raised {error}")
     reasons = [line.strip().split(": ", 1)[-1] for line in lines[1:] if line.startswith("  ")]
     _require(bool(reasons), f"no block is named: {error}")

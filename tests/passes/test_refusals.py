@@ -378,7 +378,7 @@ def test_other_attention_is_reported_and_left_alone(update: Callable[..., Tensor
 
 @pytest.mark.parametrize("update", [experts, features, classes])
 def test_other_softmaxes_are_no_attention(update: Callable[..., Tensor]) -> None:
-    with pytest.raises(ValueError, match="no attention found"):
+    with pytest.raises(ValueError, match="no attention blocks found"):
         dgefx.convert(randomise(Model(block(update))).eval(), example_inputs=X)
 
 
