@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from dgefx.passes.lines import alike, named, told
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,16 @@ class BlockReport:
     def query_slots(self) -> int:
         """Queries per image, prefix tokens included."""
         return sum(self.slots) + (self.prefix if self.slots else 0)
+
+
+def _rows(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
+    """Blocks of one row: dense ones after each other whose reasons are alike."""
+
+    def key(numbered: tuple[int, BlockReport]) -> Hashable:
+        number, block = numbered
+        return (block.kind, alike(block.reason)) if block.reason else number
+
+    return [[b for _, b in group] for _, group in itertools.groupby(enumerate(blocks), key)]
 
 
 @dataclass(frozen=True)
@@ -92,17 +106,17 @@ class Report:
             )
         for column in ("block", "status", "grid", "queries", "slots per level", "ratio", "reason"):
             table.add_column(column, justify="right" if column in ("queries", "ratio") else "left")
-        for block in self.blocks:
+        for block, *others in _rows(self.blocks):
             grid = "" if block.grid is None else f"{block.grid[0]}x{block.grid[1]}"
             grid += f"+{block.prefix}" if block.prefix else ""
             table.add_row(
-                block.name or "(root)",
+                named(list(dict.fromkeys(b.name for b in (block, *others)))),
                 block.status,
                 grid,
                 str(block.query_slots) if block.slots else "",
                 " + ".join(str(s) for s in block.slots),
                 f"{block.ratio:.3f}",
-                escape(block.reason),
+                escape(told([b.reason for b in (block, *others)])),
             )
         console = Console(width=160, no_color=True)
         with console.capture() as captured:

@@ -174,7 +174,8 @@ class GridShape:
         raise ValueError(
             f"a converted block got {tokens} grid tokens, but the model last laid out a grid "
             f"of {height} x {width}; run the block as part of its model, or convert() at this "
-            f"image size"
+            f"image size. If the model drops tokens (in train mode: patch_drop_rate, masking), "
+            f"switch that off: a converted block needs the whole grid"
         )
 
     def _laid_out(self, waiting: list[Size], tokens: int) -> Size:

@@ -142,9 +142,9 @@ class Guards:
                 if type(hook).__module__.startswith("torch.nn.utils."):
                     raise ValueError(
                         f"block {label}: since the conversion the weights of {name} are computed "
-                        f"by a hook ({type(hook).__name__}), which the converted block does not call; "
-                        f"make them plain ones, with torch.nn.utils.prune.remove(module, name) "
-                        f"after pruning, or do it before dgefx.convert"
+                        f"by a hook ({type(hook).__name__}), which the converted block does not "
+                        f"call; make them plain ones, with torch.nn.utils.prune.remove(module, "
+                        f"name) after pruning, or do it before dgefx.convert"
                     )
             if part._forward_hooks or part._forward_pre_hooks:
                 _warn(block, name, _BYPASSED.format(f"{label}.{name}"))

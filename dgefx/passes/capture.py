@@ -33,6 +33,7 @@ class Capture:
     graph: fx.Graph
     output: Any
     frames: dict[str, int] = field(default_factory=dict)  # calls per module
+    results: dict[str, list[fx.Node]] = field(default_factory=dict)  # of a module's last call
 
 
 class Recorder(TorchFunctionMode):
@@ -165,8 +166,11 @@ _getitem.__name__ = "getitem"
 
 
 @contextlib.contextmanager
-def _module_frames(model: nn.Module, recorder: Recorder, frames: dict[str, int]) -> Iterator[None]:
-    """Keeps the recorder's stack of running modules."""
+def _module_frames(
+    model: nn.Module, recorder: Recorder, frames: dict[str, int], results: dict[str, list[fx.Node]]
+) -> Iterator[None]:
+    """Keeps the recorder's stack of running modules, and notes how often they run and what
+    modules with several results return."""
     handles = []
     for name, module in model.named_modules():
 
@@ -174,8 +178,11 @@ def _module_frames(model: nn.Module, recorder: Recorder, frames: dict[str, int])
             recorder.stack.append(name)
             frames[name] = frames.get(name, 0) + 1
 
-        def leave(_m: nn.Module, _a: Any, _o: Any) -> None:
+        def leave(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
             recorder.stack.pop()
+            if not isinstance(output, Tensor):
+                nodes = (recorder.nodes.get(tensor) for tensor in tensors_in(output))
+                results[name] = [node for node in nodes if node is not None]
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave))
@@ -201,14 +208,15 @@ def capture(
     """
     recorder = recorder or Recorder(model)
     frames: dict[str, int] = {}
+    given: dict[str, list[fx.Node]] = {}
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     for index, leaf in enumerate(leaves):
         recorder.input(leaf, f"input_{index}")
-    with torch.no_grad(), _module_frames(model, recorder, frames), recorder:
+    with torch.no_grad(), _module_frames(model, recorder, frames, given), recorder:
         output = model(*args, **kwargs)
     results = tensors_in(output)
     recorder.graph.output(tuple(recorder.node_of(value) for value in results))
-    return Capture(recorder.graph, output, frames)
+    return Capture(recorder.graph, output, frames, given)
 
 
 def tensors_in(output: Any) -> list[Tensor]:

@@ -46,6 +46,7 @@ from dgefx.kernels.window import (
 from dgefx.nn.code import CONSTANTS
 from dgefx.nn.grid_shape import remember_grid, resolve_grid
 from dgefx.nn.token_order import raster_axis, raster_tokens, stream_axis, stream_tokens
+from dgefx.nn.unread import unread
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.coarse_reference import CoarseReference
 from dgefx.passes.cores import map_sources
@@ -313,6 +314,8 @@ class Splitter:
         def pick(node: fx.Node) -> Any:
             if node is self.worlds.output:
                 return result
+            if node in self.worlds.unread:
+                return call(unread, ())
             if node not in self.context:
                 raise Refused(
                     "the block returns a value that only its query path computes", "further results"

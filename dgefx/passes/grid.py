@@ -54,7 +54,8 @@ class Layout:
     order: of its axes, see `dgefx.kernels.layout`.
     grid: (H, W). prefix: tokens in front of the grid. source: module that laid the grid out, whose
         output tells H and W; None where patch merging did. update: whether the block hands out what
-        is to be added to the stream, not the stream updated.
+        is to be added to the stream, not the stream updated. first_only: whether the model reads
+        but the first of the tensors that the block hands out.
     places: raster number of the token at every position behind the prefix, at this size; None:
         raster order. Only of orders with one axis of tokens.
     """
@@ -65,6 +66,7 @@ class Layout:
     source: str | None = None
     update: bool = False
     places: tuple[int, ...] | None = None
+    first_only: bool = False
 
     @property
     def tokens(self) -> int:
@@ -122,7 +124,7 @@ class GridFinder:
             if current in self._found:
                 pending.pop()
                 continue
-            missing = [n for n in self._sources(current) if n not in self._found]
+            missing = [n for n in self.sources(current) if n not in self._found]
             if missing:
                 pending.extend(missing)
                 continue
@@ -131,7 +133,8 @@ class GridFinder:
         return self._found[node]
 
     @staticmethod
-    def _sources(node: Node) -> list[Node]:
+    def sources(node: Node) -> list[Node]:
+        """Where the tokens of a value come from, by what is followed."""
         if not node.op.startswith("call_"):
             return []
         name = op_name(node)
@@ -155,7 +158,7 @@ class GridFinder:
         if name in _SPATIAL and shape:
             if node.all_input_nodes[0].op == "placeholder":
                 return seed(node)
-            before = next((self._found.get(n) for n in self._sources(node)), None)
+            before = next((self._found.get(n) for n in self.sources(node)), None)
             if before is not None and len(shape) == 4:
                 kept = kept_plane(before, shape) or plane_of_parts(before, shape)
                 return kept or seed(node)
@@ -163,7 +166,7 @@ class GridFinder:
         if name in _REARRANGE:
             return self._rearranged(node)
         if (name in TOKENWISE or name == "set_item") and shape:
-            for source in self._sources(node):
+            for source in self.sources(node):
                 found = self._found.get(source)
                 if found and name in _MIX_CHANNELS and varies(found.ids, -1):
                     found = merged(found) or found
@@ -174,7 +177,7 @@ class GridFinder:
 
     def _fewer(self, node: Node, name: str, shape: tuple[int, ...] | None) -> Numbers | None:
         """Attention, whose results lie where its queries do, and pooling over an axis of tokens."""
-        found = next((self._found.get(n) for n in self._sources(node)), None)
+        found = next((self._found.get(n) for n in self.sources(node)), None)
         if found is None:
             return None
         if name in _REDUCES:

@@ -22,6 +22,8 @@ from dgefx.passes.cores import Core, search_cores
 from dgefx.passes.grid import GridFinder, Layout
 from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
 from dgefx.passes.refusals import KindName, Reason
+from dgefx.passes.repeats import Repeats
+from dgefx.passes.unplaced import why_unplaced
 from dgefx.passes.unscored import unscored_cores
 
 _SINK = "sink"
@@ -252,7 +254,7 @@ def keeps(output: Node, earlier: Node) -> bool:
 
 
 def _owner(
-    graph: Graph, core: Core, residual: Residual, capture: Capture, only: str | None = None
+    graph: Graph, core: Core, residual: Residual, repeats: Repeats, only: str | None = None
 ) -> tuple[str, Node] | Reason:
     """(innermost module that takes the stream and gives it back updated, its stream input).
 
@@ -266,6 +268,9 @@ def _owner(
         entry = skips_to(residual.stream, {n for n in entering if n.op != "get_attr"})
         if entry is None:
             continue
+        repeated = repeats.reason(module, residual.stream)
+        if repeated is not None:
+            return repeated
         if len(leaving) != 1:
             return Reason(
                 f"module {module or '(root)'} hands out {len(leaving)} values, one expected",
@@ -284,11 +289,6 @@ def _owner(
                 f"the output of {module or '(root)'} is not its stream updated: what leads to it "
                 f"from the sum with the attention has another size",
                 "no block module",
-            )
-        if capture.frames.get(module, 0) != 1:
-            return Reason(
-                f"{module or '(root)'} runs {capture.frames.get(module, 0)} times per forward",
-                "shared module",
             )
         if not module:
             return Reason(
@@ -418,6 +418,9 @@ def _no_residual(core: Core, reason: Reason, finder: GridFinder) -> Reason:
 def _unplaced(core: Core, stream: Node, text: str, cores: list[Core], finder: GridFinder) -> Reason:
     """Why the stream has no layout."""
     held, asking = finder.held(stream), finder.held(core.query)
+    why = why_unplaced(stream, finder)
+    if why is not None:
+        return why
     if asking is not None and not asking.count:
         return Reason("its queries are prefix tokens alone: class attention", "class attention")
     if held is not None and held.grid == (1, 1):
@@ -441,6 +444,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
     if not cores and not unscored:
         return []
     residuals, finder = _Residuals(graph), GridFinder()
+    repeats = Repeats(capture.frames, finder)
     sites = []
     for core in cores:
         stack = core.output.meta["stack"]
@@ -450,7 +454,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         if isinstance(residual, Reason):
             site.refuse(_no_residual(core, residual, finder))
             continue
-        owner, is_update = _owner(graph, core, residual, capture), False
+        owner, is_update = _owner(graph, core, residual, repeats), False
         if isinstance(owner, Reason):
             # what it asks with says more than what its module does
             layout = finder.layout(residual.stream)
@@ -476,10 +480,13 @@ def locate(capture: Capture, batch: int) -> list[Site]:
             few = f"a grid of {layout.grid[0]} x {layout.grid[1]} has nothing to pool"
             site.refuse(Reason(few, "nothing to pool"))
     _refuse_outer_blocks(sites)
-    joined = _join_shared_blocks(sites)
+    joined = _join_shared_blocks(_once(sites))
     for site in joined:
         if site.reason is None:
-            _widen(graph, site, cores, residuals, capture, finder)
+            _widen(graph, site, cores, residuals, repeats, finder)
+        if site.reason is None and site.layout is not None:
+            first_only = _reads_first_only(graph, site.name, capture)
+            site.layout = replace(site.layout, first_only=first_only)
     order = {node: index for index, node in enumerate(graph.nodes)}
     both = joined + _unscored_sites(unscored, {site.name for site in joined})
     return sorted(both, key=lambda site: order[site.core.output])
@@ -495,6 +502,21 @@ def _unscored_sites(unscored: list[Core], names: set[str]) -> list[Site]:
             sites[name] = Site(name, core)
             sites[name].refuse(_UNSCORED)
     return list(sites.values())
+
+
+def _once(sites: list[Site]) -> list[Site]:
+    """A module that runs several times is told once."""
+    told: dict[tuple[str, KindName | None], Site] = {}
+    for site in sites:
+        if site.kind in ("shared module", "several views"):
+            told.setdefault((site.name, site.kind), site)
+    return [site for site in sites if told.get((site.name, site.kind), site) is site]
+
+
+def _reads_first_only(graph: Graph, module: str, capture: Capture) -> bool:
+    """Whether a block returns several tensors, of which the model reads the first alone."""
+    results = capture.results.get(module, [])
+    return len(results) > 1 and _boundary(graph, module)[1] == {results[0]}
 
 
 def _refuse_outer_blocks(sites: list[Site]) -> None:
@@ -531,7 +553,7 @@ def _widen(
     site: Site,
     cores: list[Core],
     residuals: _Residuals,
-    capture: Capture,
+    repeats: Repeats,
     finder: GridFinder,
 ) -> None:
     """Let a block whose MLP sits in a sibling module be the module that holds both.
@@ -558,7 +580,7 @@ def _widen(
         weighted = [node for node in more if op_name(node) in ("linear", "conv2d")]
         if not all(_is_tokenwise(node) for node in more):
             return
-        owner = _owner(graph, site.core, residual, capture, module)
+        owner = _owner(graph, site.core, residual, repeats, module)
         if isinstance(owner, Reason):
             return
         layout = finder.layout(owner[1])

@@ -25,6 +25,11 @@ KindName = Literal[
     "nn.MultiheadAttention in windows",
     "output does not follow queries",
     "several grids",
+    "several images",
+    "several views",
+    "selected tokens",
+    "volume or video",
+    "packed patches",
     "layout unknown",
     "token order",
     "no block module",
@@ -37,6 +42,7 @@ KindName = Literal[
     "other gradients",
     "decides by type",
     "follows the batch size",
+    "own code fails",
     "shapes follow the data",
     "train and eval differ",
     "mixes tokens",
@@ -135,6 +141,34 @@ KINDS: dict[KindName, Kind] = {
         "build the model with one feature level if it allows that (num_feature_levels=1 in "
         "transformers); a stream of several grids one after another is not supported",
     ),
+    "several images": Kind(
+        False,
+        "nothing to do where the images have to attend to each other (trackers join template and "
+        "search image); else run every image by itself, as one of the batch",
+    ),
+    "several views": Kind(
+        False,
+        "convert the encoder alone, with one view or image: model.encoder = "
+        "dgefx.convert(model.encoder, gamma, example_inputs=view); where its blocks and patch "
+        "embedding belong to the whole model, put them in a module of their own first",
+    ),
+    "selected tokens": Kind(
+        False,
+        "switch off what drops, selects, merges or shuffles tokens before the block "
+        "(patch_drop_rate=0, no masking, a keep rate of 1), or what does so in eval mode, which "
+        "convert() looks at; nothing to do for proposals that a detector's decoder asks with",
+    ),
+    "volume or video": Kind(
+        False,
+        "blocks of tokens over space and time stay dense; a model that attends within single "
+        "frames converts as a model of images of (B, C, H, W), with the frames in the batch",
+    ),
+    "packed patches": Kind(
+        False,
+        "pass images of one size as (B, C, H, W) in example_inputs where the model takes these "
+        "too; else the grid is known by data alone (patches of images of any sizes, packed or "
+        "padded as in NaViT), and the blocks stay dense",
+    ),
     "layout unknown": Kind(
         False,
         "convert the model together with its patch embedding (a convolution, unfold, or view and "
@@ -195,6 +229,12 @@ KINDS: dict[KindName, Kind] = {
         False,
         "take the batch size from x.shape or a -1 in view(), without int(), range() or a loop over "
         "the images",
+    ),
+    "own code fails": Kind(
+        False,
+        "mend the line that the reason names: the block has to run alone, in eval and in train "
+        "mode, on random tokens of the example's shape; filter_fn=lambda module, name: ... leaves "
+        "it out",
     ),
     "shapes follow the data": Kind(
         False, "switch off what selects, prunes or merges tokens by their values in the block"

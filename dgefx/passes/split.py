@@ -36,7 +36,7 @@ def split(trace: Trace, stream: fx.Node, layout: Layout, packs: bool = False) ->
     """
     height, width = layout.grid
     counts = frozenset({layout.tokens, height * width, height, width})
-    worlds = find_worlds(trace, stream, counts, layout.update)
+    worlds = find_worlds(trace, stream, counts, layout.update, layout.first_only)
     finder = FormFinder(trace, worlds, layout)
     forms = finder.find()
     for core in worlds.cores:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.attributes import Attributes, containers, told_sizes, watched
+from dgefx.passes.blame import is_internal, place_now, said
 from dgefx.passes.calls import Calls, autocast_state
 from dgefx.passes.decisions import Decisions, has_shape_of_data
 from dgefx.passes.mutation import (
@@ -191,6 +192,11 @@ class ConcolicTracer(fx.Tracer):
         return ConcolicProxy(node, self)
 
     # -- nodes and their values --------------------------------------------------------------
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["place"] = place_now()
+        return node
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
@@ -643,18 +649,21 @@ def trace(
         grad: whether gradients are on around the block.
 
     Raises:
-        TraceError: with the operation that could not be traced.
+        TraceError: with what could not be traced, and in which line of the block's code.
     """
-    error: Exception | None = None
+    errors: list[Exception] = []
     for opaque, fixed in ((False, False), (True, False), (False, True)):
         # PyTorch's own limits of a type take no proxy for one
-        if fixed and "finfo" not in str(error):
+        if fixed and "finfo" not in str(errors[0]):
             break
         try:
             return _trace_copy(block, spec, training, opaque, fixed, dtype, grid, grad)
         except Exception as found:  # any user code may raise anything while traced
-            error = error or found
-    raise TraceError(f"cannot be traced: {type(error).__name__}: {error}")
+            errors.append(found)
+    error = errors[0]
+    if not isinstance(error, TraceError) and is_internal(error):
+        raise error
+    raise TraceError(f"cannot be traced: {said(error)}") from error
 
 
 def _trace_copy(

@@ -116,24 +116,37 @@ def stream_of(call: Call, plan: BlockPlan, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
+def _distance(found: Tensor, wanted: Tensor, stream: Tensor) -> tuple[float, float]:
+    """(distance of two outputs of a block, what rounding may make of it), as 2-norms."""
+    update = (wanted - stream).double().norm().item()
+    error = (found.double() - wanted.double()).norm().item()
+    return error, TOLERANCE * update + _ROUNDING * stream.double().norm().item()
+
+
 def is_close(found: Tensor, wanted: Tensor, stream: Tensor) -> bool:
     """Whether two outputs of a block are equal up to rounding, by the update of its stream."""
     if found.shape != wanted.shape:
         return False
-    update = (wanted - stream).double().norm().item()
-    error = (found - wanted).double().norm().item()
-    return error <= TOLERANCE * update + _ROUNDING * stream.double().norm().item()
+    error, limit = _distance(found, wanted, stream)
+    return error <= limit
 
 
 def _require_equal(found: Tensor, wanted: Tensor, stream: Tensor, what: str) -> None:
     if not bool(torch.isfinite(wanted).all()):
         raise Refused("verification: the dense block yields NaN or infinity", "NaN or infinity")
-    if not is_close(found, wanted, stream):
-        error = relative_error(found - stream, wanted - stream)
-        raise Refused(
-            f"verification: {what} differs from the dense block by {error:.1e} of its update",
-            "verification failed",
+    if is_close(found, wanted, stream):
+        return
+    if found.shape != wanted.shape:
+        differs = f"is of shape {tuple(found.shape)}, the dense block's of {tuple(wanted.shape)}"
+    elif not bool(torch.isfinite(found).all()):
+        differs = "yields NaN or infinity where the dense block does not"
+    else:
+        error, limit = _distance(found, wanted, stream)
+        differs = (
+            f"differs from the dense block by {error:.1e}, where rounding is at most {limit:.1e} "
+            f"(2-norms)"
         )
+    raise Refused(f"verification: {what} {differs}", "verification failed")
 
 
 def _compare(

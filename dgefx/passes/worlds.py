@@ -53,6 +53,7 @@ class Worlds:
     materialised: frozenset[Node]
     pooled: frozenset[Node]
     main: frozenset[Node]  # context nodes on the way to a pooled one
+    unread: frozenset[Node]  # results beside the output that the model does not read
 
     @property
     def asking(self) -> frozenset[Node]:
@@ -112,20 +113,29 @@ def _tensors_behind(trace: Trace, flow: nx.DiGraph, size: Node) -> set[Node]:
     return found
 
 
-def find_output(trace: Trace, flow: nx.DiGraph, stream: Node) -> Node:
+def _results(trace: Trace) -> list[Node]:
+    """The different values that a block returns, in order."""
+    return next(n for n in trace.graph.nodes if n.op == "output").all_input_nodes
+
+
+def find_output(trace: Trace, flow: nx.DiGraph, stream: Node, first_only: bool = False) -> Node:
     """The updated stream among the block's results.
 
+    Args:
+        first_only: whether only the first tensor of the results is read.
+
     Raises:
-        Refused: no result has the stream's shape, or another result depends on the stream.
+        Refused: no result has the stream's shape, or another one, that is read, depends on it.
     """
-    results: list[Node] = next(n for n in trace.graph.nodes if n.op == "output").all_input_nodes
+    results = _results(trace)
     shape = trace.values[stream].shape
     reached = nx.descendants(flow, stream)
     moving = [n for n in results if n in reached and carries_tensor(trace.values.get(n))]
     fitting = [n for n in moving if getattr(trace.values[n], "shape", None) == shape]
     if not fitting:
         raise Refused("no result of the block has the shape of its input stream", "no block module")
-    if len(moving) > 1:
+    first = next(n for n in results if carries_tensor(trace.values.get(n)))
+    if len(moving) > 1 and not (first_only and first is fitting[0]):
         raise Refused(
             "the block returns further results that depend on its input", "further results"
         )
@@ -153,7 +163,12 @@ class _Walk:
     """Assigns nodes to worlds, backwards from the output."""
 
     def __init__(
-        self, trace: Trace, stream: Node, token_counts: frozenset[int], update: bool
+        self,
+        trace: Trace,
+        stream: Node,
+        token_counts: frozenset[int],
+        update: bool,
+        first_only: bool,
     ) -> None:
         self.trace, self.stream, self.token_counts = trace, stream, token_counts
         self.cores = tuple(find_cores(trace.graph, trace.values.get, trace.root))
@@ -165,7 +180,7 @@ class _Walk:
             *(core.context_edges for core in self.cores)
         )
         self.flow = block_flow(trace.graph)
-        self.output = find_output(trace, self.flow, stream)
+        self.output = find_output(trace, self.flow, stream, first_only)
         self.sized = nx.descendants(self.flow, stream)
         self.edges |= self._numbers()
         self.data = _data_dependent(trace, self.flow, stream)
@@ -292,7 +307,7 @@ class _Walk:
             self.front.append((self.output, self.query))
             self._dense_tail = set()
         # sizes that the block returns are those of the dense grid
-        for node in next(n for n in self.trace.graph.nodes if n.op == "output").all_input_nodes:
+        for node in _results(self.trace):
             if self._is_size(node):
                 self.front.append((node, self.context))
 
@@ -319,6 +334,7 @@ class _Walk:
             frozenset(self.materialised),
             frozenset(self.pooled),
             self._main(),
+            frozenset(n for n in _results(self.trace) if n in self.data and n is not self.output),
         )
 
     def _main(self) -> frozenset[Node]:
@@ -330,7 +346,11 @@ class _Walk:
 
 
 def find_worlds(
-    trace: Trace, stream: Node, token_counts: frozenset[int], update: bool = False
+    trace: Trace,
+    stream: Node,
+    token_counts: frozenset[int],
+    update: bool = False,
+    first_only: bool = False,
 ) -> Worlds:
     """Split the nodes of a traced block.
 
@@ -338,8 +358,9 @@ def find_worlds(
         token_counts: sizes that may stand for a number of tokens, rows or columns. Any other size
             is the same in both worlds and is read where its tensor is computed anyway.
         update: whether the block yields an update of the stream, not the stream updated.
+        first_only: whether the model reads but the first tensor of its results.
 
     Raises:
         Refused: no attention core, or one that does not lead to the output.
     """
-    return _Walk(trace, stream, token_counts, update).run()
+    return _Walk(trace, stream, token_counts, update, first_only).run()
