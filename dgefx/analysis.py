@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dgefx.ambient import eager, working_dtype
 from dgefx.config import DGEConfig
 from dgefx.exported import is_exported_module
 from dgefx.inputs import batch_size, resolve_inputs, run_example
@@ -207,8 +208,8 @@ def _computed_weights(model: nn.Module) -> str:
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """A float32 copy in eval mode, without gradients. Hooks stay: they are part of the model."""
-    return deep_copy(model).float().eval().requires_grad_(False)
+    """A copy in `working_dtype` and eval mode, without gradients. Hooks stay, as parts of it."""
+    return deep_copy(model).to(working_dtype()).eval().requires_grad_(False)
 
 
 def install(
@@ -262,10 +263,8 @@ def analyse(
     """
     check_model(model)
     work = working_copy(model)
-    # parts that torch.compile wraps run as they are written, to be looked into
-    eager = torch.compiler.set_stance("force_eager")
     random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-    with eager, random, full_float32():
+    with eager(), random, full_float32():
         call, output = resolve_inputs(work, example_inputs)
         _require_finite(output)
         outlines = outline(work, call)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dgefx.ambient import neutral
 from dgefx.calibrate import check_gamma
 from dgefx.calibration.images import CalibrationCalls
 from dgefx.convert import revert
@@ -111,6 +112,7 @@ def ratio_of_queries(model: nn.Module, record: Record, queries: Mapping[str, Ten
     return (torch.stack(spent).sum() + record.rest) / record.macs_dense
 
 
+@neutral()
 def measured_ratio(
     model: nn.Module, images: Iterable[Any], *, max_images: int = 512, batch_size: int = 32
 ) -> float:

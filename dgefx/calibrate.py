@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
+from dgefx.ambient import neutral
 from dgefx.calibration.images import CalibrationCalls
 from dgefx.calibration.session import Session, Settings
 from dgefx.example import example_of
@@ -53,6 +53,7 @@ def _check_count(name: str, value: Any, least: int) -> int:
     return value
 
 
+@neutral()
 def calibrate(
     model: nn.Module,
     images: Iterable[Any],
@@ -123,17 +124,13 @@ def calibrate(
     if distance not in _DISTANCES:
         raise ValueError(f"distance must be one of {_DISTANCES}, found {distance!r}")
     settings = Settings(value, distance, correction_rank, refine_passes, progress)
-    # what is fitted must be of use outside inference mode too
-    with torch.inference_mode(False):
-        calls = CalibrationCalls.of(
-            target, example_of(target, record), images, max_images, batch_size
-        )
-        with kept_on_error(target, record):
-            with evaluating(target), _bounded(target, record):
-                Session(target, record, calls, settings).run()
-                apply_budget(target, record, value)
-            for block in converted_blocks(target, record).values():
-                train_corrections_like_block(block)
+    calls = CalibrationCalls.of(target, example_of(target, record), images, max_images, batch_size)
+    with kept_on_error(target, record):
+        with evaluating(target), _bounded(target, record):
+            Session(target, record, calls, settings).run()
+            apply_budget(target, record, value)
+        for block in converted_blocks(target, record).values():
+            train_corrections_like_block(block)
     return model
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
+from dgefx.ambient import neutral
 from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
 from dgefx.calibrate import calibrate, check_gamma
 from dgefx.calibration.images import check_iterable
@@ -59,6 +61,7 @@ def _check_arguments(
     return value, settings
 
 
+@neutral()
 def convert(
     model: nn.Module | ExportedProgram,
     gamma: float = 0.5,
@@ -92,6 +95,9 @@ def convert(
         filter_fn: `(module, name) -> bool`, False keeps a block dense.
         inplace: rewrite `model` itself and return it.
 
+    Modes that the caller has entered (autocast, `torch.inference_mode`, a default device) change
+    nothing: it works without them, and what it returns can be trained.
+
     Returns:
         A new model of the same class with the same `state_dict` keys, plus those of learned or
         calibrated routers (`*.dge_router.*`); shapes of inputs and outputs are unchanged.
@@ -109,6 +115,12 @@ def convert(
     if calibration is not None:
         check_iterable("calibration", calibration)
     analysis = analyse(dense, inputs, settings, filter_fn)
+    if inplace and any(parameter.is_inference() for parameter in dense.parameters()):
+        warnings.warn(
+            "model was made under torch.inference_mode(), so its parameters can never be trained; "
+            "without inplace=True, convert() returns a copy that can",
+            stacklevel=3,
+        )
     chosen = _solve(analysis, value)
     target = dense if inplace else copy.deepcopy(dense)
     with undone_on_error(target):
@@ -148,6 +160,7 @@ def install_analysis(
     return target
 
 
+@neutral()
 def explain(
     model: nn.Module | ExportedProgram,
     gamma: float = 0.5,
@@ -181,6 +194,7 @@ def report(model: nn.Module) -> Report:
     return conversion_record(model).report
 
 
+@neutral()
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The dense model again, with the converted model's current parameters.
 

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dgefx.ambient import working_dtype
 from dgefx.passes.capture import Call
 
 
@@ -100,7 +101,7 @@ def _detached(call: Call) -> Call:
         if not isinstance(leaf, Tensor):
             return leaf
         copied = leaf.detach().clone()
-        return copied.float() if copied.is_floating_point() else copied
+        return copied.to(working_dtype()) if copied.is_floating_point() else copied
 
     cleaned: Call = pytree.tree_map(clean, call)
     return cleaned
@@ -137,7 +138,7 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Call, Any]:
     """An example call of at least two images that the model accepts, and its output.
 
     Args:
-        model: in eval mode, float32; called to try the inputs.
+        model: in eval mode; called to try the inputs.
         example_inputs: as given to `convert`.
 
     Raises:
@@ -146,12 +147,14 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Call, Any]:
     """
     if example_inputs is not None:
         return _try_given(model, _detached(given_call(example_inputs)))
-    device, _ = _place(model)
+    device, dtype = _place(model)
     sizes = _stated_sizes(model)
     errors = []
     for height, width in sizes:
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(2, _channels(model), height, width, generator=generator).to(device)
+        image = torch.randn(2, _channels(model), height, width, generator=generator).to(
+            device, dtype
+        )
         call: Call = ((image,), {})
         try:
             return call, run_example(model, call)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
+
+from dgefx.ambient import eager
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eager():
             yield
     finally:
         for module, mode in modes.items():

@@ -15,6 +15,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dgefx.ambient import Shared
+
 
 def in_float64(value: Any) -> Any:
     """Arguments or outputs of a model with every floating point tensor in float64."""
@@ -28,12 +30,7 @@ def floating_type(module: nn.Module) -> torch.dtype:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 products and convolutions, on any device, in the context.
-
-    Settings made through `fp32_precision`, which PyTorch does not let one read by the older names,
-    are left as they are.
-    """
+def _full_float32() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     except RuntimeError:
@@ -46,3 +43,9 @@ def full_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+#: no TF32 or bfloat16 inside float32 products and convolutions, on any device, in the context.
+#: Settings made through `fp32_precision`, which PyTorch does not let one read by the older names,
+#: are left as they are
+full_float32 = Shared(_full_float32)

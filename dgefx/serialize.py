@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from dgefx.ambient import neutral
 from dgefx.analysis import Analysis, analyse, check_model, deep_copy
 from dgefx.config import DGEConfig
 from dgefx.convert import install_analysis
@@ -167,6 +168,7 @@ def _rebuild(described: Any) -> Any:
     )
 
 
+@neutral()
 def load(folder: str | Path, dense_model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     """Read what `save` wrote.
 

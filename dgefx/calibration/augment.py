@@ -24,11 +24,11 @@ def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
     batch = images.shape[0]
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
+        return torch.rand(shape, generator=generator, dtype=torch.float32)
 
     side = (_AREA + (1.0 - _AREA) * draw(batch)).sqrt()
-    mirror = torch.where(draw(batch) < 0.5, -1.0, 1.0)
-    transform = torch.zeros(batch, 2, 3)
+    mirror = torch.where(draw(batch) < 0.5, -1.0, 1.0).float()
+    transform = torch.zeros(batch, 2, 3, dtype=torch.float32)
     transform[:, 0, 0] = side * mirror
     transform[:, 1, 1] = side
     transform[:, :, 2] = (1.0 - side)[:, None] * (2.0 * draw(batch, 2) - 1.0)

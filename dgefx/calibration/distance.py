@@ -82,7 +82,7 @@ def distance(dense: list[Tensor], routed: list[Tensor], kind: Kind, images: int)
     if kind == "kl":
         wanted = dense[0].log_softmax(-1)
         return (wanted.exp() * (wanted - routed[0].log_softmax(-1))).sum(-1)
-    total = torch.zeros(images, device=dense[0].device)
+    total = torch.zeros(images, device=dense[0].device, dtype=torch.float32)
     for a, b in zip(routed, dense, strict=True):
         rows = images if b.dim() and b.shape[0] == images else 1
         a, b = a.reshape(rows, -1), b.reshape(rows, -1)
@@ -98,7 +98,7 @@ def probe(output: Any, kind: Kind, images: int, generator: torch.Generator) -> T
         scores = tensors[0].log_softmax(-1)
         drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
         return scores.gather(1, drawn.to(scores.device)).sum()
-    total = torch.zeros((), device=tensors[0].device)
+    total = torch.zeros((), device=tensors[0].device, dtype=torch.float32)
     for tensor in tensors:
         rows = images if tensor.dim() and tensor.shape[0] == images else 1
         flat = tensor.reshape(rows, -1)

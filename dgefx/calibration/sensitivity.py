@@ -58,7 +58,7 @@ class GainRecorder:
             return known
         gains = [torch.cat(level) for level in zip(*self.gains, strict=True)]
         pooled = torch.cat([g.flatten() for g in gains]).double().sort().values
-        picks = torch.linspace(0, len(pooled) - 1, _THRESHOLDS).round().long()
+        picks = torch.linspace(0, len(pooled) - 1, _THRESHOLDS, dtype=torch.float32).round().long()
         found = {plan.slots: plan for plan in (known[0], known[-1])}
         for threshold in pooled[picks].unique().tolist():
             fractions = router.level_fractions(gains, threshold)

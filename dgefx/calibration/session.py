@@ -175,7 +175,7 @@ class Session:
         warnings.warn(
             f"calibrate: the output carries no gradients ({error}); regions are scored by their "
             f"detail alone, and corrections are not refined",
-            stacklevel=6,
+            stacklevel=7,
         )
 
     def _candidates(self) -> Candidates:
@@ -255,7 +255,7 @@ class Session:
                 f"calibrate: gamma={self.settings.gamma:g} is so close to the floor that it has no "
                 f"room for the corrections of {dropped} blocks; they stay without at any budget "
                 f"until the model is calibrated at a larger one",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _refine(self, tables: Tables) -> None:

@@ -22,6 +22,7 @@ from dgefx.nn.callspec import choose_form
 from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.methods import refused_methods
 from dgefx.nn.router import Router
+from dgefx.nn.symbolic import as_leaf, is_symbolic
 
 _SHARED_PREFIX = "_dge_"
 
@@ -178,6 +179,8 @@ class DGEBlock(nn.Module):
                 self.__dict__["forward"] = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_symbolic(args, kwargs):
+            return as_leaf(self, args, kwargs)
         if self.training and torch.is_grad_enabled() and not self._dge_call_heeds_switch:
             function = getattr(self, FUNCTION, None)
             if function is not None and getattr(self, SWITCH, False):

@@ -19,8 +19,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from dgefx.nn.symbolic import is_symbolic, refuse_inlined
 
 Size = tuple[int, int]
 
@@ -108,8 +110,10 @@ class GridShape:
     def __reduce__(self) -> Any:
         return GridShape, (self.converted, self.told_by)  # what runs is not part of a copy
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook of the module whose output shows the grid, (B, C, H, W)."""
+        if isinstance(output, fx.Proxy):
+            refuse_inlined(module)
         if isinstance(output, Tensor) and output.dim() == 4:
             self.lay_out((output.shape[2], output.shape[3]))
 
@@ -216,7 +220,9 @@ class ImageHook:
     def __init__(self, shape: GridShape, size: Size, stride: Size | None) -> None:
         self.shape, self.size, self.stride = shape, size, stride
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_symbolic(args, kwargs):
+            refuse_inlined(module)
         image = first_image(args, kwargs)
         if image is None:
             return

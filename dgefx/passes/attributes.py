@@ -21,7 +21,7 @@ from torch import nn
 
 from dgefx.nn.block_types import FUNCTION, SWITCH
 
-_MACHINERY = frozenset(vars(nn.Module())) - {"training"}
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _PLAIN = (
     type(None),
     bool,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dgefx.ambient import Shared
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
@@ -24,15 +25,18 @@ from dgefx.passes.capture import Call
 
 
 @contextlib.contextmanager
-def _visible_attention() -> Iterator[None]:
-    """nn.MultiheadAttention's fused inference path is one operation that the counter cannot see
-    into; switched off while counting."""
+def _no_fast_path() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+#: nn.MultiheadAttention's fused inference path is one operation that the counter cannot see into;
+#: switched off while counting
+_visible_attention = Shared(_no_fast_path)
 
 
 class _PlainMasks(TorchFunctionMode):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dgefx.ambient import working_dtype
 from dgefx.nn.guards import FLOATS
 from dgefx.passes.mutation import tensors_of
 from dgefx.passes.ops import op_name
@@ -29,11 +30,12 @@ _SHAPED_BY_DATA = frozenset(
 class Decisions:
     """values: of the nodes of a trace. branches: what bool() was asked of. numbers: of what int(),
     float(), len() or a loop made a number. dtype: the floating type that the block is traced for,
-    although the trace runs in float32. fixed: whether the types of values are constants.
+    although the trace runs in `base`. fixed: whether the types of values are constants.
     """
 
     values: dict[fx.Node, Any]
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
+    base: torch.dtype = field(default_factory=working_dtype)
     branches: list[fx.Node] = field(default_factory=list)
     numbers: list[fx.Node] = field(default_factory=list)
     fixed: bool = False
@@ -49,7 +51,7 @@ class Decisions:
 
     def in_type(self, node: fx.Node, dtype: torch.dtype) -> Any:
         """The value of a node that no tensor's elements decide, had the block this type."""
-        if dtype is torch.float32:
+        if dtype is self.base:
             return self.values[node]
         found: dict[fx.Node, Any] = {}
 
@@ -62,7 +64,7 @@ class Decisions:
 
     def _in_type(self, node: fx.Node, dtype: torch.dtype, value: Any) -> Any:
         here = self.values[node]
-        if here is torch.float32 and _reads_type(node):
+        if here is self.base and _reads_type(node):
             return dtype
         if not node.op.startswith("call_function") or tensors_of(here):
             return here
@@ -75,7 +77,7 @@ class Decisions:
     def types(self) -> frozenset[torch.dtype]:
         """The floating types in which every branch is the one that was taken."""
         if self.fixed:
-            return frozenset((torch.float32,))
+            return frozenset((self.base,))
         return frozenset(
             dtype
             for dtype in FLOATS

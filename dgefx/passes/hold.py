@@ -86,7 +86,7 @@ def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
 
 def same_without_grad(block: nn.Module, traced: Trace) -> bool:
     """Whether the block does the same where gradients are off, if it asks for that."""
-    return not traced.asks_grad or _same_graph(block, traced, torch.float32, grad=False)
+    return not traced.asks_grad or _same_graph(block, traced, traced.decisions.dtype, grad=False)
 
 
 def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype, grad: bool = True) -> bool:

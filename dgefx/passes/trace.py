@@ -9,27 +9,27 @@ train mode, since `self.training` is decided while tracing. Next: `passes.split`
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.fx import _symbolic_trace
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from dgefx.ambient import working_dtype
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.attributes import Attributes, containers, told_sizes, watched
 from dgefx.passes.blame import is_internal, place_now, said
 from dgefx.passes.calls import Calls, autocast_state
 from dgefx.passes.decisions import Decisions, has_shape_of_data
+from dgefx.passes.einops_proxies import know_proxies
+from dgefx.passes.interception import watched_modules, wrapped_functions
 from dgefx.passes.mutation import (
     AUGMENTED,
     Change,
@@ -62,6 +62,8 @@ class ConcolicProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name == "dtype" and self.tracer.decisions.fixed:
             return self._value.dtype
+        if name == "ndim" and isinstance(self._value, Tensor):
+            return self._value.ndim  # the same at any size, and a key that einops looks up
         return ConcolicAttribute(self, name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -135,7 +137,8 @@ class ConcolicTracer(fx.Tracer):
         spec: the example call.
         leaves: modules to keep as calls although they are not from `torch.nn`.
         in_place: modules that change their argument in the block, though not in the traced copy.
-        dtype: the floating type whose branches are taken; see `passes.decisions`.
+        dtype: the floating type whose branches are taken, if not that of the block; see
+            `passes.decisions`.
         grad: whether gradients are on outside of the block.
     """
 
@@ -144,10 +147,10 @@ class ConcolicTracer(fx.Tracer):
         spec: CallSpec,
         leaves: frozenset[nn.Module] = frozenset(),
         in_place: frozenset[nn.Module] = frozenset(),
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         grad: bool = True,
     ) -> None:
-        super().__init__(autowrap_modules=(math,))
+        super().__init__()
         self.proxy_buffer_attributes = True
         self.spec = spec
         self.leaves = leaves
@@ -157,7 +160,7 @@ class ConcolicTracer(fx.Tracer):
         self._changed_constants: list[Tensor] = []
         self._apart: dict[nn.Module, bool] = {}
         self._told: dict[str, fx.Proxy] = {}
-        self.decisions = Decisions(self.values, dtype)
+        self.decisions = Decisions(self.values, dtype or working_dtype())
         self._grad = grad
         self._without_grad: set[fx.Node] = set()
         self._autocast = autocast_state()
@@ -172,6 +175,31 @@ class ConcolicTracer(fx.Tracer):
         if self._apart.get(m, False):
             return True
         return type(m).__module__.startswith("torch.nn") and not any(m.children())
+
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
+        """As that of `fx.Tracer`, but nothing that another thread runs is touched."""
+        know_proxies(ConcolicProxy)
+        _LazyGraphModule.force_recompile(root)  # type: ignore[arg-type]
+        self.root = root
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.tensor_attrs = {
+            value: f"{name}.{key}" if name else key
+            for name, module in root.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, (Tensor, torch.ScriptObject))
+        }
+        run, args = self.create_args_for_root(type(root).forward, True, concrete_args)
+        proxies: dict[str, Any] = {}
+
+        def read(name: str, value: Any) -> Any:
+            return self.getattr(name, value, proxies)
+
+        with watched_modules(root, self.call_module, read):
+            result = run(*args)
+        self.create_node("output", "output", (self.create_arg(result),), {})
+        self.submodule_paths = None
+        return self.graph
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -619,23 +647,11 @@ def _has_caches(block: nn.Module, spec: CallSpec) -> bool:
     return all(torch.allclose(a, b, equal_nan=True) for a, b in pairs)
 
 
-@contextlib.contextmanager
-def _wrapped_functions(opaque: bool) -> Iterator[None]:
-    """Functions that users marked with `torch.fx.wrap`: traced through, or nodes as they asked."""
-    kept = {
-        key: scope
-        for key, scope in _symbolic_trace._wrapped_fns_to_patch.items()
-        if opaque or str(scope.get("__name__")).split(".")[0] == "torch"
-    }
-    with mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, kept, clear=True):
-        yield
-
-
 def trace(
     block: nn.Module,
     spec: CallSpec,
     training: bool,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     grid: tuple[int, int] | None = None,
     grad: bool = True,
 ) -> Trace:
@@ -644,7 +660,7 @@ def trace(
     Args:
         block: not changed; a copy is traced.
         training: trace the train-mode graph (dropout, drop path) instead of the eval one.
-        dtype: take the branches of this floating type.
+        dtype: take the branches of this floating type; None: of that of the block.
         grid: of its tokens; attributes that tell it stay reads.
         grad: whether gradients are on around the block.
 
@@ -672,7 +688,7 @@ def _trace_copy(
     training: bool,
     opaque: bool,
     fixed: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     grid: tuple[int, int] | None,
     grad: bool,
 ) -> Trace:
@@ -699,7 +715,7 @@ def _trace_copy(
                 held.clear()
                 kept = {name: pair for name, pair in kept.items() if pair[0] is not held}
         with (
-            _wrapped_functions(opaque),
+            wrapped_functions(root, opaque),
             _KeepRandom(tracer),
             watched(root, attributes),
             calls.noted(),

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dgefx.ambient import working_dtype
 from dgefx.config import DGEConfig
 from dgefx.passes.capture import Call
 from dgefx.passes.chance import WithoutChance
@@ -173,7 +174,7 @@ def verify_type(
             f"than in float32, in which conversions are verified",
             "decides by type",
         )
-    if dtype is torch.float32:
+    if dtype is working_dtype():
         return
     reference = copy_block(dense).eval().to(dtype)
     noise = torch.randn(
