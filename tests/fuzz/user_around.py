@@ -97,7 +97,10 @@ def swapped_norm_later(draft: Draft, rng: random.Random) -> None:
     )
     draft.each_block(
         "later",
-        f"dim, dtype = b.norm1.weight.shape[0], b.mlp.fc1.weight.dtype\nb.{which} = {new}.to(dtype)",
+        f"""
+        dim, dtype = b.norm1.weight.shape[0], b.mlp.fc1.weight.dtype
+        b.{which} = {new}.to(dtype)
+        """,
     )
 
 
@@ -156,7 +159,7 @@ def new_weights_later(draft: Draft, rng: random.Random) -> None:
             [
                 "b.attn.qkv.weight = nn.Parameter(torch.randn_like(b.attn.qkv.weight))",
                 "b.mlp.fc1.weight.data = torch.randn_like(b.mlp.fc1.weight)",
-                "b.load_state_dict({k: v * 1.5 for k, v in b.state_dict().items() if 'dge' not in k}, strict=False)",
+                "b.mlp.load_state_dict({k: v * 1.5 for k, v in b.mlp.state_dict().items()})",
                 "b.norm1.bias = None",
                 "b.attn.qkv.bias = None",
                 "b.norm1.eps = 0.5",

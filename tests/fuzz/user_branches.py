@@ -237,8 +237,17 @@ def tracing_branch(draft: Draft, rng: random.Random) -> None:
 
 @habit
 def layout_branch(draft: Draft, rng: random.Random) -> None:
-    _branch(
-        draft, rng, "{v}.is_contiguous()", "{v}.stride(0) > 1500", "{v}.dim() == 3", "{v}.is_leaf"
+    """About how a value lies in memory, or its axes."""
+    draft.add_at(
+        rng,
+        rng.choice(
+            [
+                "if not {v}.is_contiguous():\n    {v} = {v}.contiguous()",
+                "if {v}.stride(-1) != 1:\n    {v} = {v}.contiguous()",
+                "if {v}.dim() == 3:\n    {v} = {v} * 1.5",
+                "{v} = {v} * {v}.ndim",
+            ]
+        ),
     )
 
 

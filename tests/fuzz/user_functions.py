@@ -75,10 +75,12 @@ def no_grad_part(draft: Draft, rng: random.Random) -> None:
         rng,
         rng.choice(
             [
-                "with torch.no_grad():\n    size = {v}.abs().mean(-1, keepdim=True)\n{v} = {v} / (size + 1)",
+                "with torch.no_grad():\n    size = {v}.abs().mean(-1, keepdim=True) + 1\n"
+                "{v} = {v} / size",
                 "with torch.set_grad_enabled(self.training):\n    {v} = {v} * 0.9",
                 "with torch.no_grad():\n    more = torch.tanh({v})\n{v} = {v} + more",
-                "with torch.inference_mode(False), torch.no_grad():\n    gate = {v}.sigmoid()\n{v} = {v} * gate",
+                "with torch.no_grad():\n    gate = {v}.sigmoid()\n{v} = {v} * gate",
+                "with torch.enable_grad():\n    {v} = {v} * 0.9",
             ]
         ),
     )

@@ -15,6 +15,7 @@ from tests.fuzz.user_check import EXACT, Scenario, Verdict
 from tests.fuzz.user_errors import names_a_cause, told
 from tests.fuzz.user_run import (
     Call,
+    ToldDropout,
     Values,
     dtype_of,
     errors,
@@ -125,8 +126,9 @@ def _interleaved(made: Made, model: nn.Module, first: Call, second: Call) -> lis
     """Both forward passes before both backward passes, which may run blocks again."""
     set_mode(made, model, True)
     model.zero_grad(set_to_none=True)
-    one, two = forward(made, model, first), forward(made, model, second)
-    (loss(one[1]) + 2 * loss(two[1])).backward()
+    with ToldDropout():
+        one, two = forward(made, model, first), forward(made, model, second)
+        (loss(one[1]) + 2 * loss(two[1])).backward()
     found = gathered(model, *one)
     return [{k: v for k, v in found.items() if not k.startswith("state")}, {"grad": two[0].grad}]
 

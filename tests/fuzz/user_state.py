@@ -140,7 +140,7 @@ def lazy_cache(draft: Draft, rng: random.Random) -> None:
 @habit
 def frozen_cache(draft: Draft, rng: random.Random) -> None:
     """Computed once from the weights in eval mode, dropped in train mode."""
-    draft.keeps_state = True
+    draft.keeps_state, draft.memos = True, (".cached",)
     draft.add("block.init", "self.weight, self.cached = nn.Parameter(torch.randn(dim)), None")
     draft.add_at(
         rng,
