@@ -21,42 +21,12 @@ import torch
 from torch import nn
 
 import dgefx
-from tests.fuzz.user_errors import blunt, is_users_own, names_a_cause, told
-from tests.fuzz.user_run import (
-    Call,
-    ToldDropout,
-    Values,
-    dtype_of,
-    errors,
-    fresh,
-    perturbed,
-    run,
-    state,
-)
-from tests.fuzz.user_spec import Made, UserSpec, make
-
-#: relative error up to which two values are equal without a look at rounding
-FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}
-#: beyond it: how much more than the dense model's own reaction to rounded parameters
-ROUNDING = 8.0
-
-
-@dataclass
-class Scenario:
-    """Calls in a row. change: what is done first, to both models."""
-
-    name: str
-    calls: list[Call]
-    change: Callable[[nn.Module], None] | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    kind: str  # "exact", "raised" or "wrong"
-    what: str = ""
-
-
-EXACT = Verdict("exact")
+from tests.fuzz.user_convert import converted_as
+from tests.fuzz.user_errors import told
+from tests.fuzz.user_run import Call, dtype_of
+from tests.fuzz.user_scenarios import extra_checks, scenarios
+from tests.fuzz.user_spec import UserSpec, make
+from tests.fuzz.user_trial import Verdict, judge
 
 
 @dataclass
@@ -69,155 +39,6 @@ class Outcome:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
 
 
-def judge(made: Made, dense: nn.Module, converted: nn.Module, scenario: Scenario) -> Verdict:
-    """Runs the scenario on copies of both."""
-    return _Trial(made, dense, converted, scenario).verdict()
-
-
-class _Trial:
-    def __init__(
-        self, made: Made, dense: nn.Module, converted: nn.Module, scenario: Scenario
-    ) -> None:
-        self.made, self.scenario = made, scenario
-        self.dense, self.converted = dense, converted
-        self._noisy: list[list[Values]] | None = None
-        self._dtype = torch.float32  # of the changed models
-
-    def _changed(self, model: nn.Module) -> nn.Module:
-        copied = fresh(model)
-        if self.scenario.change is not None:
-            self.scenario.change(copied)
-        return copied
-
-    def _run_all(self, model: nn.Module) -> list[Values]:
-        return [run(self.made, model, call) for call in self.scenario.calls]
-
-    def _noise(self, index: int) -> dict[str, float]:
-        """Error per value of call `index` when parameters are rounded otherwise."""
-        if self._noisy is None:
-            model = self._changed(self.dense)
-            autocast = any(call.autocast for call in self.scenario.calls)
-            eps = torch.finfo(torch.bfloat16 if autocast else self._dtype).eps
-            self._noisy = [self._run_all(fresh(model))]
-            for seed in range(3):
-                noisy = perturbed(model, eps, seed)
-                try:
-                    self._noisy.append(self._run_all(noisy))
-                except (RuntimeError, ValueError, AssertionError):
-                    continue  # at the brink of a check of the user's
-        plain, *noisy_runs = self._noisy
-        found = [errors(values[index], plain[index]) for values in noisy_runs]
-        return {name: max((e[name] for e in found), default=0.0) for name in plain[index]}
-
-    def _worst(self, index: int, found: Values, wanted: Values) -> str:
-        """The value that differs most beyond rounding, or nothing."""
-        call = self.scenario.calls[index]
-        floor = FLOOR[torch.bfloat16 if call.autocast else self._dtype]
-        off = {name: e for name, e in errors(found, wanted).items() if not e <= floor}
-        off = {n: e for n, e in off.items() if not any(memo in n for memo in self.made.draft.memos)}
-        if not off:
-            return ""
-        noise = self._noise(index)
-        off = {name: e for name, e in off.items() if not e <= ROUNDING * noise.get(name, 0.0)}
-        if not off:
-            return ""
-        outputs = [name for name in off if name.startswith("output")]
-        worst = outputs[0] if outputs else max(off, key=lambda name: off[name])
-        more = f", and {len(off) - 1} others" if len(off) > 1 else ""
-        value = found.get(worst, "nothing")
-        seen = f" (found {value!r}, dense {wanted[worst]!r})" if off[worst] == float("inf") else ""
-        seen = "" if len(seen) > 160 else seen
-        rounding = noise.get(worst, 0.0)
-        return f"{worst} off by {off[worst]:.1e}, rounding {rounding:.1e}{seen}{more}"
-
-    def _equal_without_chance(self, index: int) -> bool:
-        """Whether only the elements that a dropout draws differ."""
-        values = []
-        for model in (self.dense, self.converted):
-            copied = self._changed(model)
-            with ToldDropout():
-                values.append([run(self.made, copied, c) for c in self.scenario.calls[: index + 1]])
-        floor = FLOOR[self._dtype]
-        return all(
-            e <= max(floor, ROUNDING * self._noise(i).get(name, 0.0))
-            for i in range(index + 1)
-            for name, e in errors(values[1][i], values[0][i]).items()
-        )
-
-    def verdict(self) -> Verdict:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            verdict = self._verdict()
-        words = " ".join(str(w.message) for w in said)
-        told_by = self.made.draft.told_by
-        reads = "state" in verdict.what or "nothing" in verdict.what
-        if verdict.kind == "wrong" and reads and any(w in words for w in told_by):
-            return Verdict("raised", f"warned: {words[:200]}")
-        return verdict
-
-    def _verdict(self) -> Verdict:
-        dense, name = self._changed(self.dense), self.scenario.name
-        self._dtype = dtype_of(dense)
-        try:
-            converted = self._changed(self.converted)
-        except Exception as error:
-            return self._failed(f"{name}, the change", error)
-        for index, call in enumerate(self.scenario.calls):
-            where = f"{name}, call {index + 1} ({call})"
-            dense_error = wanted = found = converted_error = None
-            try:
-                wanted = run(self.made, dense, call)
-            except Exception as error:
-                dense_error = error
-            try:
-                found = run(self.made, converted, call)
-            except Exception as error:
-                converted_error = error
-            if dense_error is not None:
-                if converted_error is None and is_users_own(dense_error):
-                    return Verdict("wrong", f"{where}: only dense raises {told(dense_error)}")
-                return EXACT  # the dense model fails
-            if converted_error is not None:
-                return self._failed(where, converted_error)
-            assert wanted is not None and found is not None
-            worst = self._worst(index, found, wanted)
-            if worst and not self._equal_without_chance(index):
-                return Verdict("wrong", f"{where}: {worst}")
-        return EXACT
-
-    def _failed(self, where: str, error: Exception) -> Verdict:
-        if names_a_cause(error):
-            return Verdict("raised", f"{where}: {error}")
-        return Verdict("wrong", f"{where}: crashes with {told(error)}")
-
-
-def _everything(model: nn.Module) -> dict[str, object]:
-    """What `convert` must leave as it is."""
-    found: dict[str, object] = dict(state(model))
-    for name, parameter in model.named_parameters():
-        found[f"{name} itself"] = parameter.detach().clone()
-        found[f"{name} kept"] = id(parameter)
-        found[f"{name} learns"] = parameter.requires_grad
-        found[f"{name} grad"] = parameter.grad is None
-    for name, module in model.named_modules():
-        found[f"{name} is"] = (id(module), type(module).__name__, module.training)
-        found[f"{name} hooks"] = str(
-            [len(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks")]
-        )
-        found[f"{name} attributes"] = str(sorted(vars(module)))
-    return found
-
-
-def _changes(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    def same(a: object, b: object) -> bool:
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            return torch.equal(a, b)
-        return type(a) is type(b) and a == b
-
-    names = {**before, **after}
-    return [n for n in names if n not in before or n not in after or not same(before[n], after[n])]
-
-
 def check(
     spec: UserSpec,
     convert: Callable[..., nn.Module] = dgefx.convert,
@@ -228,37 +49,21 @@ def check(
     Args:
         convert: stands in for the library's. only: names of scenarios; otherwise all.
     """
-    from tests.fuzz.user_scenarios import extra_checks, scenarios
-
     made = make(spec)
-    first = Call(spec.grid, variant=made.draft.variants[0])
+    first = Call(spec.grid, spec.examples, variant=made.draft.variants[0])
     x = first.images(dtype_of(made.model), spec.seed)
     kwargs = made.kwargs(first.variant, x)
-    try:
-        with torch.no_grad():
-            copy.deepcopy(made.model)(x.clone(), **kwargs)
-    except Exception as error:  # habits that do not go together
-        return Outcome(spec, "void", told(error))
-    example = {"images": x.clone(), **kwargs}
-    before = _everything(made.model)
-    outcome = Outcome(spec, "exact")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            converted = convert(made.model, 1.0, example_inputs=example)
-        except Exception as error:
-            bare = blunt(error)
-            if bare is not None and isinstance(error, ValueError):
-                outcome = Outcome(spec, "blunt", f"convert: {bare}")
-            elif names_a_cause(error):
-                outcome = Outcome(spec, "refused", str(error))
-            else:
-                outcome = Outcome(spec, "wrong", f"convert: crashes with {told(error)}")
-        changes = _changes(before, _everything(made.model))
-        if changes:
-            return Outcome(spec, "wrong", f"convert changes the user's model: {changes[:3]}")
-        if outcome.kind != "exact":
-            return outcome
+            with torch.no_grad():
+                (made.model if spec.called else copy.deepcopy(made.model))(x.clone(), **kwargs)
+        except Exception as error:  # habits that do not go together
+            return Outcome(spec, "void", told(error))
+        converted, kind, what = converted_as(made, convert, {"images": x.clone(), **kwargs})
+        if converted is None:
+            return Outcome(spec, kind, what)
+        outcome = Outcome(spec, "exact")
         for scenario in scenarios(made):
             if only is None or scenario.name in only:
                 outcome.verdicts[scenario.name] = judge(made, made.model, converted, scenario)

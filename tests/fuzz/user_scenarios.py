@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import dgefx
-from tests.fuzz.user_check import EXACT, Scenario, Verdict
 from tests.fuzz.user_errors import names_a_cause, told
 from tests.fuzz.user_run import (
     Call,
@@ -26,6 +25,7 @@ from tests.fuzz.user_run import (
     set_mode,
 )
 from tests.fuzz.user_spec import Made
+from tests.fuzz.user_trial import EXACT, Scenario, Verdict
 
 
 def _later(made: Made, model: nn.Module) -> None:
@@ -73,6 +73,15 @@ def scenarios(made: Made) -> list[Scenario]:
     return found
 
 
+def _alone(made: Made, model: nn.Module, call: Call) -> Values:
+    """Output and gradient of the images, leaving those of parameters alone."""
+    x, output = forward(made, model, call)
+    total, slope = loss(output), None
+    if total.requires_grad:
+        slope = torch.autograd.grad(total, x, allow_unused=True)[0]
+    return {"output": output[0].detach(), "gradient of images": slope}
+
+
 def _two_threads(made: Made, model: nn.Module, first: Call, second: Call) -> list[Values]:
     """Both calls at once: the first waits before its blocks until the second is done."""
     set_mode(made, model, False)
@@ -88,9 +97,7 @@ def _two_threads(made: Made, model: nn.Module, first: Call, second: Call) -> lis
     def work(name: str, call: Call) -> None:
         try:
             with torch.random.fork_rng():
-                x, output = forward(made, model, call)
-                x.grad = torch.autograd.grad(loss(output), x)[0]
-                values[name] = {"output": output[0].detach(), "gradient of images": x.grad}
+                values[name] = _alone(made, model, call)
         except BaseException as error:
             failures.append(error)
         finally:
@@ -114,12 +121,7 @@ def _two_threads(made: Made, model: nn.Module, first: Call, second: Call) -> lis
 
 def _one_by_one(made: Made, model: nn.Module, first: Call, second: Call) -> list[Values]:
     set_mode(made, model, False)
-    found = []
-    for call in (first, second):
-        x, output = forward(made, model, call)
-        x.grad = torch.autograd.grad(loss(output), x)[0]
-        found.append({"output": output[0].detach(), "gradient of images": x.grad})
-    return found
+    return [_alone(made, model, call) for call in (first, second)]
 
 
 def _interleaved(made: Made, model: nn.Module, first: Call, second: Call) -> list[Values]:

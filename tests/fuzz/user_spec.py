@@ -33,6 +33,14 @@ class UserSpec:
     dtype: str = "float32"
     #: that the converted model is cast to afterwards
     cast: str = "float64"
+    #: images it is converted with
+    examples: int = 2
+    #: whether the user has run it before
+    called: bool = False
+    #: what is active around the conversion: "none", "no_grad", "inference" or "autocast"
+    ambient: str = "none"
+    #: whether the model itself is rewritten
+    inplace: bool = False
 
     def __repr__(self) -> str:
         told = [
@@ -82,6 +90,10 @@ def draw(seed: str, first: str | None = None) -> UserSpec:
         depthwise=rng.random() < 0.25,
         dtype=rng.choice(["float32"] * 6 + ["float64", "bfloat16", "float16"]),
         cast=rng.choice(["float64", "bfloat16", "float16"]),
+        examples=rng.choice([2, 2, 2, 1, 3]),
+        called=rng.random() < 0.3,
+        ambient=rng.choice(["none"] * 9 + ["no_grad", "inference", "autocast"]),
+        inplace=rng.random() < 0.2,
     )
 
 
