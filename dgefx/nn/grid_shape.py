@@ -192,12 +192,12 @@ class GridShape:
             return self._last(tokens)
         if len(found) > 1:
             here.laid.pop(tokens, None)  # what is laid out next is known again
-            (height, width), (other, across) = found[0], found[-1]
+            listed = " and ".join(f"{height} x {width}" for height, width in found)
             raise ValueError(
-                f"a converted block got {tokens} grid tokens, and grids of {height} x {width} and "
-                f"of {other} x {across} are both under way: it is not known which one this is. Run "
-                f"the blocks of one image before the next image's patches are embedded, without "
-                f"changing or moving tokens between them"
+                f"a converted block got {tokens} grid tokens, and the model laid out grids of "
+                f"{listed}: it is not known which one this is. Run the blocks of one image before "
+                f"the next image's patches are embedded, or hand every block the tensor that the "
+                f"block before it gave, not a copy of it"
             )
         if not waiting and self.told_by is not None:
             warnings.warn(
