@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The token grid belongs to the call: threads, recomputation, pipelines, patches cut by views."""
-=======
-"""The token grid belongs to the call: threads, recomputation, pipelines, patches by movement."""
->>>>>>> 0718c1a (Grids that are in doubt are all named)
 
 from __future__ import annotations
 
