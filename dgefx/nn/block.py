@@ -86,7 +86,8 @@ class DGEBlock(nn.Module):
             if name not in ("_modules", "_compiled_call_impl"):
                 self.__dict__[name] = value
         for name, refused in refused_methods(type(dense), forms[0].eval_code.label).items():
-            self.__dict__.setdefault(name, refused)
+            if not hasattr(type(self), name):  # what its own `__call__` may ask for
+                self.__dict__.setdefault(name, refused)
         self._modules = dict(dense._modules)
         self.dge_router = router
         if constants:

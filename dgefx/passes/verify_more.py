@@ -39,7 +39,8 @@ def verify_gradients(
     dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
 ) -> None:
     """Compare the gradients of the stream and of all parameters at the finest granularity, in train
-    mode without chance, in float64 or, where the block has float32 written into it, in that.
+    mode without chance, in float64 or, where the block has float32 written into it or gives
+    something else in float64 (SDPA takes a float32 mask for one of float64), in float32.
 
     Routed by detail, whatever `config` asks for: learned gates have gradients of their own.
 
@@ -47,6 +48,7 @@ def verify_gradients(
         Refused: they differ.
     """
     config = DGEConfig(config.granularities, config.region, budget=config.budget)
+    refused: Refused | None = None
     for dtype, own, whole in (
         (torch.float64, _OWN, _ALL),
         (torch.float32, _OWN_FLOAT32, _ALL_FLOAT32),
@@ -56,13 +58,31 @@ def verify_gradients(
         pair = _both_gradients(dense, plan, call, shape, config, dtype)
         if pair is None:
             continue
-        found, wanted = pair
-        total = sum(float(g.norm()) ** 2 for g in wanted.values()) ** 0.5
-        for name, gradient in wanted.items():
-            error = float((found[name] - gradient).norm())
-            if not error <= own * float(gradient.norm()) + whole * total:
-                raise _other_gradient(plan, name, error, gradient)
-        return
+        refused = _compared(plan, *pair, own, whole)
+        if refused is None:
+            return
+    if refused is not None:
+        raise refused
+
+
+def _compared(
+    plan: BlockPlan,
+    found: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    own: float,
+    whole: float,
+) -> Refused | None:
+    """What differs.
+
+    Args:
+        own, whole: allowed, of a gradient itself and of all of them.
+    """
+    total = sum(float(g.norm()) ** 2 for g in wanted.values()) ** 0.5
+    for name, gradient in wanted.items():
+        error = float((found[name] - gradient).norm())
+        if not error <= own * float(gradient.norm()) + whole * total:
+            return _other_gradient(plan, name, error, gradient)
+    return None
 
 
 def _other_gradient(plan: BlockPlan, name: str, error: float, wanted: Tensor) -> Refused:

@@ -18,6 +18,7 @@ import dgefx
 from dgefx.nn import DGEBlock
 from dgefx.passes import outline
 from tests.helpers import TinyViT, error, images, randomise
+from tests.robust.user_blocks import DIM, UserAttention, UserModel
 
 X = images(2, 32)
 #: the package has a function of this name
@@ -211,19 +212,42 @@ def test_pruned_after_the_conversion(vit: nn.Module) -> None:
             prune.l1_unstructured(layer, "weight", 0.5)
             layer.weight_orig.mul_(1.5)
     assert error(model(x), dense(x)) < 1e-5
-    # a layer that the block reads the weights of and does not call
     for each in (model, dense):
         prune.l1_unstructured(each.blocks[0].norm1, "weight", 0.5)
         each.blocks[0].norm1.weight_orig.mul_(1.5)
+    assert error(model(x), dense(x)) < 1e-5
+
+
+class Gained(UserAttention):
+    """Read by the block, which does not call the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(DIM // 2))
+
+    def change(self, q: torch.Tensor) -> torch.Tensor:
+        return q * self.gain
+
+
+@torch.no_grad()
+def test_pruned_where_the_block_reads_it() -> None:
+    dense, x = UserModel().eval(), images(2, 64)
+    for block in dense.blocks:
+        block.attn = Gained().eval()
+    model = dgefx.convert(dense, 1.0, example_inputs=x)
+    assert error(model(x), dense(x)) < 1e-5
+    for each in (model, dense):
+        prune.l1_unstructured(each.blocks[0].attn, "gain", 0.5)
+        each.blocks[0].attn.gain_orig.mul_(1.5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for call in (model, compiled):
         with pytest.raises(
-            (ValueError, torch._dynamo.exc.Unsupported), match=r"block blocks\.0.*norm1.*prune"
+            (ValueError, torch._dynamo.exc.Unsupported), match=r"block blocks\.0.*attn.*prune"
         ):
             call(x)
     torch._dynamo.reset()
     for each in (model, dense):
-        prune.remove(each.blocks[0].norm1, "weight")
+        prune.remove(each.blocks[0].attn, "gain")
     assert error(model(x), dense(x)) < 1e-5
 
 
