@@ -244,7 +244,7 @@ def test_bad_gamma(dense: nn.Module, gamma: Any, raised: type[Exception], messag
         ({"config": {"region": 4}}, TypeError, "config must be"),
         ({"filter_fn": "blocks"}, TypeError, "filter_fn must be callable"),
         ({"calibration": 3}, TypeError, "calibration must be an iterable"),
-        ({"filter_fn": lambda m, n: False}, ValueError, "blocks.0: left out by filter_fn"),
+        ({"filter_fn": lambda m, n: False}, ValueError, "blocks.1: left out by filter_fn"),
     ],
 )
 def test_bad_arguments(
@@ -432,5 +432,5 @@ def test_a_model_that_changes_from_call_to_call_is_refused(dense: nn.Module) -> 
             return x * self.calls
 
     dense.blocks[1].mlp = nn.Sequential(dense.blocks[1].mlp, Counting())
-    with pytest.raises(ValueError, match=r"whole model .* differs"):
+    with pytest.raises(ValueError, match="another output each time it runs"):
         dgefx.convert(dense, 0.9, example_inputs=X)

@@ -16,14 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 import networkx
-import numpy
 import torch
 
 from dgefx.passes.refusals import Reason
 
 _DGEFX = Path(__file__).parents[1]
 #: what the passes are made with; its frames are neither the user's nor this library's
-_TOOLS = tuple(Path(str(package.__file__)).parent for package in (torch, networkx, numpy))
+_TOOLS = tuple(Path(str(package.__file__)).parent for package in (torch, networkx))
 #: hands on every attribute that the user's code asks for, also one that is not there
 _WATCHES = Path(__file__).with_name("attributes.py")
 _STANDARD = Path(os.__file__).parent

@@ -71,13 +71,16 @@ def _joined(node: Node, finder: GridFinder) -> Reason | None:
             origins.append(_inputs(_behind([part])))
     if len(held) < 2:
         return None
+    different = len({tokens.grid for tokens in held}) > 1
     grids = " and ".join(f"{h} x {w}" for h, w in (tokens.grid for tokens in held))
-    if set.intersection(*origins):
+    if not set.intersection(*origins):
+        return Reason(
+            f"its stream holds the tokens of several images one after another, of {grids}",
+            "several images",
+        )
+    if different:
         return Reason(f"its stream is several grids one after another, {grids}", "several grids")
-    return Reason(
-        f"its stream holds the tokens of several images one after another, of {grids}",
-        "several images",
-    )
+    return None  # parts of one grid
 
 
 def _sources(node: Node) -> list[Node]:

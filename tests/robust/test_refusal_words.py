@@ -220,6 +220,16 @@ def test_several_images_in_one_sequence(inputs: Any, kind: str, words: str) -> N
     assert [(b.kind, words in b.reason) for b in found] == [(kind, True)] * 2
 
 
+def test_parts_of_one_image_are_not_several() -> None:
+    class Halves(TinyViT):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x).flatten(2).transpose(1, 2)
+            x = torch.cat([x[:, :32], x[:, 32:], x.new_zeros(len(x), 1, DIM)], 1)
+            return self.blocks[1](self.blocks[0](x))
+
+    assert [b.kind for b in explained(Halves())] == ["token order"] * 2
+
+
 class Patches(nn.Module):
     """Blocks over whatever its embedding makes of its input."""
 
