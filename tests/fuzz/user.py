@@ -112,6 +112,8 @@ def main() -> int:
         outcomes.append(outcome := judged(spec))
         if outcome.kind in ("wrong", "blunt"):
             print(f"{outcome.kind.upper()} {spec!r}\n    {outcome.what[:300]}", flush=True)
+        if len(outcomes) % 50 == 0:
+            print(f"{len(outcomes)} in {time.perf_counter() - began:.0f} s", flush=True)
     print(summary(outcomes))
     print(f"{time.perf_counter() - began:.0f} s")
     return int(any(o.kind in ("wrong", "blunt") for o in outcomes))

@@ -44,6 +44,7 @@ def batch_norm_in_eval(draft: Draft, rng: random.Random) -> None:
     which = rng.choice(["norm1", "norm2"])
     draft.add("block.init", f"self.{which} = Turned(dim)")
     draft.keeps_state = True
+    draft.told_by = (*draft.told_by, "running statistics")
     if rng.random() < 0.7:
         draft.each_block("mode", f"b.{which}.eval()")
 

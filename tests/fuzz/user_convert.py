@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tests.fuzz.user_errors import blunt, names_a_cause, told
+from tests.fuzz.user_errors import blunt, is_the_librarys, names_a_cause, told
 from tests.fuzz.user_run import state
 from tests.fuzz.user_spec import Made
 
@@ -63,8 +63,9 @@ def converted_as(
             converted = convert(given, 1.0, example_inputs=example, **arguments)
     except Exception as error:
         bare = blunt(error)
-        if bare is not None and isinstance(error, ValueError):
-            kind, what = "blunt", f"convert: {bare}"
+        if bare is not None and is_the_librarys(error):
+            reasons = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
+            kind, what = "blunt", f"convert: {bare[:80]} {'; '.join(reasons[:1])}"
         elif names_a_cause(error):
             kind, what = "refused", str(error)
         else:

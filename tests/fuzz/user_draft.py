@@ -42,6 +42,8 @@ class Draft:
         self.variants: list[str] = ["{}"]
         #: words by which a warning of the library tells of what it leaves out
         self.told_by: tuple[str, ...] = ()
+        #: attributes set by hooks: inside a block they may see its queries in rows, as (B, N, C)
+        self.seen_by_hooks: tuple[str, ...] = ()
         #: attributes that hold what was computed before, which no one else reads
         self.memos: tuple[str, ...] = ()
         self.keeps_state = False  # what a call gives depends on the calls before

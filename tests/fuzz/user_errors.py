@@ -31,11 +31,16 @@ def _line(error: BaseException) -> tuple[str, str]:
     return filename, linecache.getline(filename, found[1]).strip()
 
 
-def names_a_cause(error: BaseException) -> bool:
-    """Whether the library says in words of its own what is the matter."""
+def is_the_librarys(error: BaseException) -> bool:
+    """Whether the library itself raises it."""
     filename, line = _line(error)
     ours = filename.startswith(_LIBRARY) and line.startswith("raise")
-    return ours and isinstance(error, (ValueError, TypeError, RuntimeError)) and not blunt(error)
+    return ours and isinstance(error, (ValueError, TypeError, RuntimeError))
+
+
+def names_a_cause(error: BaseException) -> bool:
+    """Whether the library says in words of its own what is the matter."""
+    return is_the_librarys(error) and not blunt(error)
 
 
 def blunt(error: BaseException) -> str | None:

@@ -23,13 +23,15 @@ _HOOKED = (
 )
 
 
-def _when(rng: random.Random) -> str:
+def _when(draft: Draft, rng: random.Random) -> str:
+    """Hooks on what has no one place in a converted block are told of by a warning."""
+    draft.told_by = (*draft.told_by, "hook on", "hooks on")
+    draft.seen_by_hooks = (".seen", ".given", ".features", ".slope")
     return rng.choice(["ready", "later"])
 
 
 @habit
 def hook_reads(draft: Draft, rng: random.Random) -> None:
-    draft.told_by = ("hook",)
     draft.shares_calls = True
     draft.add(
         "top",
@@ -38,12 +40,11 @@ def hook_reads(draft: Draft, rng: random.Random) -> None:
             module.seen = output
         """,
     )
-    draft.each_block(_when(rng), f"{rng.choice(_HOOKED)}.register_forward_hook(reads)")
+    draft.each_block(_when(draft, rng), f"{rng.choice(_HOOKED)}.register_forward_hook(reads)")
 
 
 @habit
 def pre_hook_reads(draft: Draft, rng: random.Random) -> None:
-    draft.told_by = ("hook",)
     draft.shares_calls = True
     draft.add(
         "top",
@@ -53,13 +54,12 @@ def pre_hook_reads(draft: Draft, rng: random.Random) -> None:
         """,
     )
     hook = "register_forward_pre_hook(reads_before)"
-    draft.each_block(_when(rng), f"{rng.choice(_HOOKED)}.{hook}")
+    draft.each_block(_when(draft, rng), f"{rng.choice(_HOOKED)}.{hook}")
 
 
 @habit
 def hook_keeps_list(draft: Draft, rng: random.Random) -> None:
     """Features of every block, gathered by the model."""
-    draft.told_by = ("hook",)
     draft.keeps_state = draft.shares_calls = True
     draft.add(
         "top",
@@ -69,7 +69,9 @@ def hook_keeps_list(draft: Draft, rng: random.Random) -> None:
         """,
     )
     where = rng.choice(["b", "b.mlp", "b.attn"])
-    draft.each_block(_when(rng), f"{where}.features = []\n{where}.register_forward_hook(gathers)")
+    draft.each_block(
+        _when(draft, rng), f"{where}.features = []\n{where}.register_forward_hook(gathers)"
+    )
 
 
 @habit
@@ -82,13 +84,15 @@ def hook_changes(draft: Draft, rng: random.Random) -> None:
     text = f"{where}.register_forward_hook(changes)"
     if "steer" in change:
         text = f"{where}.steer = 0.3\n{text}"
-    draft.each_block(_when(rng), text)
+    draft.each_block(_when(draft, rng), text)
 
 
 @habit
 def pre_hook_changes(draft: Draft, rng: random.Random) -> None:
     draft.add("top", "def changes_before(module, args):\n    return (args[0] * 0.6, *args[1:])")
-    draft.each_block(_when(rng), f"{rng.choice(_HOOKED)}.register_forward_pre_hook(changes_before)")
+    draft.each_block(
+        _when(draft, rng), f"{rng.choice(_HOOKED)}.register_forward_pre_hook(changes_before)"
+    )
 
 
 @habit
@@ -101,7 +105,8 @@ def hook_with_kwargs(draft: Draft, rng: random.Random) -> None:
         """,
     )
     draft.each_block(
-        _when(rng), f"{rng.choice(_HOOKED)}.register_forward_hook(changes_with, with_kwargs=True)"
+        _when(draft, rng),
+        f"{rng.choice(_HOOKED)}.register_forward_hook(changes_with, with_kwargs=True)",
     )
 
 
@@ -109,7 +114,7 @@ def hook_with_kwargs(draft: Draft, rng: random.Random) -> None:
 def hook_in_place(draft: Draft, rng: random.Random) -> None:
     draft.add("top", "def in_place(module, args, output):\n    output.mul_(0.8)")
     where = rng.choice(["b.attn", "b.mlp", "b.attn.proj", "b.mlp.fc2", "b.norm1"])
-    draft.each_block(_when(rng), f"{where}.register_forward_hook(in_place)")
+    draft.each_block(_when(draft, rng), f"{where}.register_forward_hook(in_place)")
 
 
 @habit
@@ -124,7 +129,7 @@ def hook_lora(draft: Draft, rng: random.Random) -> None:
     )
     where = rng.choice(["b.attn.qkv", "b.attn.proj", "b.mlp.fc1"])
     draft.each_block(
-        _when(rng),
+        _when(draft, rng),
         f"""
         layer = {where}
         torch.manual_seed(1)
@@ -139,15 +144,13 @@ def hook_lora(draft: Draft, rng: random.Random) -> None:
 def backward_hook(draft: Draft, rng: random.Random) -> None:
     """Gradients of a module's output are kept, or scaled."""
     draft.shares_calls = True
-    draft.told_by = ("hook",)
     if rng.random() < 0.5:
         text = "module.slope = grad_output[0].detach()"
     else:
-        draft.told_by = ()
         text = "return tuple(None if g is None else g * 0.5 for g in grad_input)"
     draft.add("top", f"def backwards(module, grad_input, grad_output):\n    {text}")
     where = rng.choice(["b.norm1", "b.attn", "b.mlp", "b.attn.proj", "b.mlp.fc2", "b"])
-    draft.each_block(_when(rng), f"{where}.register_full_backward_hook(backwards)")
+    draft.each_block(_when(draft, rng), f"{where}.register_full_backward_hook(backwards)")
 
 
 @habit
@@ -181,4 +184,6 @@ def patched_forward(draft: Draft, rng: random.Random) -> None:
         """,
     )
     where = rng.choice(["b.attn", "b.mlp", "b.norm1", "b.attn.qkv", "b"])
-    draft.each_block(_when(rng), f"{where}.forward = functools.partial(patched, {where}.forward)")
+    draft.each_block(
+        _when(draft, rng), f"{where}.forward = functools.partial(patched, {where}.forward)"
+    )

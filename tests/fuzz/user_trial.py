@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.fuzz.user_errors import is_users_own, names_a_cause, told
 from tests.fuzz.user_run import (
@@ -91,9 +91,22 @@ class _Trial:
         found = [errors(values[index], plain[index]) for values in noisy_runs]
         return {name: max((e[name] for e in found), default=0.0) for name in plain[index]}
 
+    def _in_rows(self, found: Values, wanted: Values) -> Values:
+        """`found` with what hooks saw laid out as in the dense model."""
+        seen = self.made.draft.seen_by_hooks
+        laid = dict(found)
+        for name, value in wanted.items():
+            other = found.get(name)
+            if not (isinstance(value, Tensor) and isinstance(other, Tensor)):
+                continue
+            if any(text in name for text in seen) and value.numel() == other.numel():
+                laid[name] = other.reshape(value.shape)
+        return laid
+
     def _worst(self, index: int, found: Values, wanted: Values) -> str:
         """The value that differs most beyond rounding, or nothing."""
         call = self.scenario.calls[index]
+        found = self._in_rows(found, wanted)
         floor = FLOOR[torch.bfloat16 if call.autocast else self._dtype]
         off = {name: e for name, e in errors(found, wanted).items() if not e <= floor}
         off = {n: e for n, e in off.items() if not any(memo in n for memo in self.made.draft.memos)}
@@ -123,18 +136,17 @@ class _Trial:
         return all(
             e <= max(floor, ROUNDING * self._noise(i).get(name, 0.0))
             for i in range(index + 1)
-            for name, e in errors(values[1][i], values[0][i]).items()
+            for name, e in errors(self._in_rows(values[1][i], values[0][i]), values[0][i]).items()
         )
 
     def verdict(self) -> Verdict:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             verdict = self._verdict()
-        words = " ".join(str(w.message) for w in said)
-        told_by = self.made.draft.told_by
-        reads = "state" in verdict.what or "nothing" in verdict.what
-        if verdict.kind == "wrong" and reads and any(w in words for w in told_by):
-            return Verdict("raised", f"warned: {words[:200]}")
+        warned = [str(w.message) for w in said]
+        told_by = [text for text in warned if any(w in text for w in self.made.draft.told_by)]
+        if verdict.kind == "wrong" and told_by and "crashes" not in verdict.what:
+            return Verdict("raised", f"warned: {told_by[0]}")
         return verdict
 
     def _verdict(self) -> Verdict:
