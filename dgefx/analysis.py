@@ -22,7 +22,8 @@ from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
-from dgefx.nn.grid_shape import GridShape, ImageHook, Size
+from dgefx.nn.grid_shape import GridShape, Size
+from dgefx.nn.image_hook import ImageHook, watch_images
 from dgefx.passes.blame import own_code_fails
 from dgefx.passes.call_forms import with_forms
 from dgefx.passes.capture import Call, capture, idle_modules, recording
@@ -242,7 +243,7 @@ def _grid_shape(model: nn.Module, plan: BlockPlan) -> GridShape:
         model.get_submodule(source).register_forward_hook(shape)
     elif image is not None:
         hook = ImageHook(shape, image.size, image.stride)
-        model.get_submodule(image.module).register_forward_pre_hook(hook, with_kwargs=True)
+        watch_images(model.get_submodule(image.module), hook)
     return shape
 
 

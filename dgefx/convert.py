@@ -19,7 +19,8 @@ from dgefx.exported import as_module, exported_inputs
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
-from dgefx.nn.grid_shape import GridShape, ImageHook
+from dgefx.nn.grid_shape import GridShape
+from dgefx.nn.image_hook import unwatch_images
 from dgefx.passes.outline import apply_outlines, restore
 from dgefx.passes.rewrite import put
 from dgefx.record import (
@@ -219,13 +220,10 @@ def _revert(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, DGEBlock):
             put(model, name, module.dense_block())
-    for module in model.modules():
+    for module in list(model.modules()):
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, GridShape):
                 del module._forward_hooks[key]
-        for key, before in list(module._forward_pre_hooks.items()):
-            if isinstance(before, ImageHook):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        unwatch_images(module)
     restore(model)
     return model

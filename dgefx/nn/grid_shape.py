@@ -1,8 +1,8 @@
 """`GridShape`: the token grid of the running call, for blocks that are not told it.
 
 A (B, N, C) block of a model that accepts several image sizes cannot know H and W from N. What lays
-the grid out reports them here through a forward hook, or what takes the image through a pre-hook
-(`ImageHook`), and the blocks' generated code asks (`resolve_grid`).
+the grid out reports them here through a forward hook, or what takes the image by its size
+(`nn.image_hook`), and the blocks' generated code asks (`resolve_grid`).
 
 The grid belongs to the call. Several may be under way: in threads, in pipelines that run the first
 half of two images before the second half of either, and in backward, where activation
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dgefx.nn.symbolic import is_symbolic, refuse_inlined
+from dgefx.nn.symbolic import refuse_inlined
 
 Size = tuple[int, int]
 
@@ -207,46 +207,6 @@ class GridShape:
                 stacklevel=2,
             )
         return found[0]
-
-
-class ImageHook:
-    """Forward pre-hook of the module that takes the image, where no output shows the grid.
-
-    Args:
-        shape: to tell. size: of the images of the conversion. stride: pixels per token and side,
-            rounded up or down at the border; None: only that size is known.
-    """
-
-    def __init__(self, shape: GridShape, size: Size, stride: Size | None) -> None:
-        self.shape, self.size, self.stride = shape, size, stride
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_symbolic(args, kwargs):
-            refuse_inlined(module)
-        image = first_image(args, kwargs)
-        if image is None:
-            return
-        size = (image.shape[2], image.shape[3])
-        if self.stride is not None:
-            self.shape.lay_out(*grids_of(size, self.stride))
-        elif size == self.size:
-            self.shape.lay_out(self.shape.converted)
-        else:
-            self.shape.lay_out()
-
-
-def first_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first (B, C, H, W) among the arguments of a call."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() == 4:
-            return value
-    return None
-
-
-def grids_of(size: Size, stride: Size) -> tuple[Size, Size]:
-    """The grids that an image may have: border pixels short of a token dropped, or padded."""
-    (height, width), (down, across) = size, stride
-    return (height // down, width // across), (-(-height // down), -(-width // across))
 
 
 def resolve_grid(shape: GridShape, block: nn.Module, stream: Tensor, tokens: int) -> Size:

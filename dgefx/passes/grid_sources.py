@@ -18,7 +18,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from dgefx.nn.grid_shape import Size, first_image, grids_of
+from dgefx.nn.grid_shape import Size
+from dgefx.nn.image_hook import first_image, grids_of
 from dgefx.passes.capture import Call, Recorder, capture
 from dgefx.passes.grid import GridFinder, Layout
 from dgefx.passes.rewrite import BlockPlan, ImageSource

@@ -380,6 +380,18 @@ def test_parts_without_their_model_warn() -> None:
         dgefx.calibrate(converted, [images(2, 64)])
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_graph_modules_and_their_copies(way: Callable[[nn.Module], nn.Module]) -> None:
+    """Whose own hooks copies lose."""
+    dense = torch.fx.symbolic_trace(Model(Functional, in_root=True).eval())
+    converted = dgefx.convert(dense, 0.7, example_inputs=images(2, 64))
+    for model in (converted, way(converted)):
+        with Grids(model) as grids, torch.no_grad():
+            model(images(2, (128, 32)))
+        assert set(grids) == {(16, 4)}
+    assert str(dgefx.revert(converted).graph) == str(dense.graph)
+
+
 def test_revert_takes_the_hooks_away() -> None:
     model = dgefx.revert(dgefx.convert(Model(Cut), 0.7, example_inputs=images(2, 64)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
