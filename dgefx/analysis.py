@@ -188,23 +188,28 @@ def deep_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        hint = _computed_weights(model)
+        hint = _computed_tensor(model)
         raise ValueError(
             f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
             f"copy so that a failure leaves the model as it was{hint}"
         ) from error
 
 
-def _computed_weights(model: nn.Module) -> str:
-    """What to do about weights that a hook computes from others before every forward."""
+def _computed_tensor(model: nn.Module) -> str:
+    """What to do about a tensor that was computed with gradients: a weight that a hook computes
+    from others before every forward, or what a forward left behind."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if not isinstance(value, Tensor) or value.is_leaf:
+                continue
+            found = f". {name}.{key}".replace(" .", " ")
+            if {f"{key}_orig", f"{key}_g"} & set(module._parameters):
                 return (
-                    f". {name}.{key} is computed from other parameters: make it one before, with "
+                    f"{found} is computed from other parameters: make it one before, with "
                     f"torch.nn.utils.prune.remove(module, {key!r}) after pruning, "
                     f"torch.nn.utils.remove_weight_norm or remove_spectral_norm"
                 )
+            return f"{found} is left of a forward with gradients: set it to None before"
     return ""
 
 

@@ -67,9 +67,8 @@ class Record:
 class Part:
     """A conversion found in a model: of the model itself, or of a part of it.
 
-    name: of the module that was converted, "" for the model itself; None where it is not in the
-    model, only blocks that were taken out of it.
-    blocks: its blocks by their names in that module, those that are missing left out.
+    name: of the module that was converted, "" for the model itself; None where only blocks of it
+    are in the model. blocks: those that are, by their names in that module.
     """
 
     record: Record
@@ -159,8 +158,7 @@ def conversion_record(model: Any) -> Record:
     """How `model` was converted, or the one part of it that was.
 
     Raises:
-        TypeError, ValueError: not a model, not a converted one, or one with several converted
-            parts.
+        TypeError, ValueError: not a model, not a converted one, or one with several such parts.
     """
     parts = find_parts(model)
     own = [part for part in parts if part.name == ""]

@@ -153,8 +153,9 @@ def test_save_and_load_with_parts(tmp_path: Path) -> None:
         dgefx.save(saved, tmp_path / str(index))
         back = dgefx.load(tmp_path / str(index), Two().eval())
         assert error(back(X), saved(X)) == 0.0
-        assert dgefx.report(back.near) == dgefx.report(saved.near)
-    assert dgefx.report(back.far) == dgefx.report(model.far)
+        assert dgefx.report(back.near).blocks == dgefx.report(saved.near).blocks
+    assert dgefx.report(back.far).blocks == dgefx.report(model.far).blocks
+    assert (dgefx.report(back.near).gamma, dgefx.report(back.far).gamma) == (0.6, 0.8)
     with pytest.raises(ValueError, match="does not fit"):
         dgefx.load(tmp_path / "1", TinyViT())
 
@@ -184,11 +185,12 @@ def test_a_graph_module_inside_another_model() -> None:
 
 
 def test_a_block_replaced_by_its_copy_or_by_another(part: nn.Module) -> None:
+    wrapped = copy.deepcopy(part)
     part.blocks[1] = copy.deepcopy(part.blocks[1])
-    dgefx.set_budget(part, 1.0)
-    assert error(part(X), dgefx.revert(part)(X)) < 1e-5
-    part.blocks[0] = nn.Sequential(part.blocks[0])
-    dgefx.set_budget(part, 0.7)  # wrapped, but there
+    wrapped.blocks[0] = nn.Sequential(wrapped.blocks[0])
+    for model in (part, wrapped):
+        dgefx.set_budget(model, 1.0)
+        assert error(model(X), dgefx.revert(model)(X)) < 1e-5
     part.blocks[0] = nn.Identity()
     with pytest.raises(ValueError, match=r"block blocks\.0 was converted but is now Identity"):
         dgefx.set_budget(part, 0.6)
