@@ -131,7 +131,8 @@ def measured_ratio(
     """
     inner = unwrap_all(model)
     record = conversion_record(inner)
-    calls = CalibrationCalls.of(inner, example_of(inner, record), images, max_images, batch_size)
+    example = example_of(inner, record)
+    calls = CalibrationCalls.of(inner, example, images, max_images, batch_size, "measured_ratio")
     dense = revert(inner).eval()
     spent = wanted = 0
     with evaluating(inner):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from dgefx.ambient import neutral
-from dgefx.calibration.images import CalibrationCalls
+from dgefx.calibration.images import CalibrationCalls, check_count
 from dgefx.calibration.session import Session, Settings
 from dgefx.example import example_of
 from dgefx.modes import evaluating
@@ -42,14 +42,6 @@ def check_gamma(gamma: Any) -> float:
         raise ValueError(
             f"gamma must be in (0, 1]: the share of the dense model's MACs to keep, found {gamma!r}"
         )
-    return value
-
-
-def _check_count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, found {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, found {value}")
     return value
 
 
@@ -116,11 +108,11 @@ def calibrate(
             "fitted now; calibrate the model before it is wrapped"
         )
     value = record.gamma if gamma is None else check_gamma(gamma)
-    _check_count("max_images", max_images, 1)
-    _check_count("batch_size", batch_size, 1)
-    _check_count("refine_passes", refine_passes, 0)
+    check_count("max_images", max_images, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("refine_passes", refine_passes, 0)
     if correction_rank is not None:
-        _check_count("correction_rank", correction_rank, 0)
+        check_count("correction_rank", correction_rank, 0)
     if distance not in _DISTANCES:
         raise ValueError(f"distance must be one of {_DISTANCES}, found {distance!r}")
     settings = Settings(value, distance, correction_rank, refine_passes, progress)

@@ -27,10 +27,10 @@ COLOURS = ("tab:red", "tab:orange", "tab:cyan", "tab:blue", "tab:purple")  # fin
 
 
 @torch.no_grad()
-def _routings(model: nn.Module, images: Any) -> dict[str, Routing]:
+def _routings(model: nn.Module, images: Any, asked_by: str) -> dict[str, Routing]:
     record = conversion_record(model)
     target = unwrap(model)
-    example = ExampleCall(example_of(target, record), target)
+    example = ExampleCall(example_of(target, record), target, asked_by)
     tensors = one_batch(images, example)
     found: dict[str, Routing] = {}
     with ExitStack() as stack:
@@ -62,7 +62,7 @@ def granularity_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
         TypeError, ValueError: not a converted model, or no batch of images.
     """
     maps = {}
-    for name, routing in _routings(model, images).items():
+    for name, routing in _routings(model, images, "granularity_maps").items():
         sides = torch.tensor(routing.granularities)
         levels = routing.levels.cpu()
         cells = side_counts(routing.grid, routing.region)
@@ -181,7 +181,7 @@ def plot_granularity(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    routings = _routings(model, images)
+    routings = _routings(model, images, "plot_granularity")
     maps = granularity_maps(model, images)
     names = _spread(routings, blocks) if isinstance(blocks, int) else list(blocks)
     if unknown := sorted(set(names) - set(routings)):

@@ -36,7 +36,7 @@ import _arguments
 import _measure
 import dgefx
 from _stages import Run, Stage, fit
-from dgefx.training import FinetuneTask, fit_gates, set_gates, settle_gates
+from dgefx.training import FinetuneTask, fit_gates, param_groups, set_gates, settle_gates
 
 SETTLING_IMAGES = 256
 
@@ -58,6 +58,8 @@ def _main(args: Namespace, device: torch.device, scratch_epochs: int) -> Finetun
     dense, config, new_head = build_model(args, device)
     run.set_loaders(config)
     goes_on = started(args)  # before any process may start it
+    if not goes_on:
+        rehearse(run, dense)
     run.barrier()  # every process has read its settings
     if args.rank == 0:
         prepare_folder(args)
@@ -108,6 +110,20 @@ def build_model(args: Namespace, device: torch.device) -> tuple[nn.Module, dict[
 def started(args: Namespace) -> bool:
     """Whether the run in `--out` that is resumed has come as far as its fine-tuning."""
     return args.resume and (args.out / "start" / "dgefx.json").is_file()
+
+
+def rehearse(run: Run, dense: nn.Module) -> None:
+    """Convert a copy, so that what is refused (a gamma under the floor, say) is refused before an
+    earlier run is deleted and the dense model trained."""
+    args = run.args
+    try:
+        converted = dgefx.convert(
+            dense, gamma=args.gamma, example_inputs=run.pictures()[:2], config=args.config
+        )
+        set_gates(converted, path=args.path)
+        param_groups(converted, layer_decay=args.layer_decay)
+    except ValueError as error:
+        raise SystemExit(f"nothing was done: {error}") from None
 
 
 def prepare_folder(args: Namespace) -> None:

@@ -189,6 +189,7 @@ def fit(run: Run, task: TrainingTask, stage: Stage) -> None:
             scheduler,
             epochs=stage.epochs if stage.stop is None else min(stage.epochs, stage.stop),
             start_epoch=start,
+            schedule_epochs=stage.epochs,
             accumulate=args.accumulate,
             clip_grad=args.clip_grad or None,
             amp=run.amp,

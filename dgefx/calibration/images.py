@@ -1,6 +1,7 @@
-"""Calibration images: any iterable of model inputs to checked calls of one size.
+"""Images: any iterable of model inputs to checked calls of one size.
 
-First step of `dgefx.calibrate`; nothing of the model is touched before all images were read.
+First step of `dgefx.calibrate`, and of every other call that takes images; nothing of the model is
+touched before all images were read. Errors name the call.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ class ExampleCall:
 
     Args:
         described: as `dgefx.example.describe_call` writes it.
+        asked_by: name of the public call that takes the images, for errors.
     """
 
-    def __init__(self, described: list[Any], model: nn.Module) -> None:
+    def __init__(self, described: list[Any], model: nn.Module, asked_by: str = "calibrate") -> None:
+        self.asked_by = asked_by
+        self.images = f"{asked_by}: images"
         args, kwargs = described
         self.args, self.kwargs = list(args), dict(kwargs)
         self.slots: list[int | str] = [i for i, a in enumerate(self.args) if "shape" in a]
@@ -50,8 +54,8 @@ class ExampleCall:
                 key = next((k for k in self.image_keys if k in item), None)
                 if key is None:
                     raise ValueError(
-                        f"images: item {index} is a dict with {sorted(map(str, item))}, but the "
-                        f"model's images are called {self.image_keys[0]!r}"
+                        f"{self.images}: item {index} is a dict with {sorted(map(str, item))}, but "
+                        f"the model's images are called {self.image_keys[0]!r}"
                     )
                 found[self.first] = item[key]
         elif isinstance(item, (tuple, list)) and item:
@@ -60,13 +64,13 @@ class ExampleCall:
             found = dict(zip(self.slots, item, strict=False))
         else:
             raise TypeError(
-                f"images must yield tensors, tuples that begin with one, or dicts; item {index} "
-                f"is {type(item).__name__}"
+                f"{self.images} must yield tensors, tuples that begin with one, or dicts; item "
+                f"{index} is {type(item).__name__}"
             )
         missing = [slot for slot in self.slots if slot not in found]
         if missing:
             raise ValueError(
-                f"images: item {index} lacks the argument(s) {missing} that the model was "
+                f"{self.images}: item {index} lacks the argument(s) {missing} that the model was "
                 f"converted with"
             )
         return found
@@ -79,8 +83,8 @@ class ExampleCall:
                 return tensors[slot]
             if "unknown" in described:
                 raise ValueError(
-                    f"images: the model was converted with an argument of type "
-                    f"{described['unknown']}, which calibration cannot supply"
+                    f"{self.images}: the model was converted with an argument of type "
+                    f"{described['unknown']}, which {self.asked_by} cannot supply"
                 )
             return described["value"]
 
@@ -88,11 +92,14 @@ class ExampleCall:
         return args, {k: value(k, d) for k, d in self.kwargs.items()}
 
 
-def _checked(value: Any, wanted: Any, index: int, any_size: bool = False) -> Tensor:
+def _checked(
+    value: Any, slot: int | str, example: ExampleCall, index: int, any_size: bool = False
+) -> Tensor:
     """A batch of images of the shape at conversion, or with as many axes."""
+    wanted, about = example.described(slot), f"{example.images}: item {index}"
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"images: item {index} holds {type(value).__name__} where the model takes a tensor; "
+            f"{about} holds {type(value).__name__} where the model takes a tensor; "
             f"apply the model's transform first"
         )
     shape = list(wanted["shape"])
@@ -102,19 +109,28 @@ def _checked(value: Any, wanted: Any, index: int, any_size: bool = False) -> Ten
     same_size = batch.dim() == len(shape) and list(batch.shape[1:]) == shape[1:]
     if batch.dim() != len(shape) or (not same_size and not any_size):
         raise ValueError(
-            f"images: item {index} has shape {tuple(value.shape)}, but the model was converted for "
+            f"{about} has shape {tuple(value.shape)}, but the model was converted for "
             f"{tuple(shape[1:])} per image, the size its budget holds at; resize the images, or "
             f"convert with example_inputs of their size"
         )
     dtype = getattr(torch, wanted["dtype"])
     if dtype.is_floating_point != batch.is_floating_point():
         raise TypeError(
-            f"images: item {index} is {batch.dtype}, the model takes {dtype}; apply the model's "
+            f"{about} is {batch.dtype}, the model takes {dtype}; apply the model's "
             f"transform (scaling and normalisation) first"
         )
     if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
-        raise ValueError(f"images: item {index} holds NaN or infinity")
+        raise ValueError(f"{about} holds NaN or infinity")
     return batch
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """`value`, if it is an integer of at least `least`; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, found {value}")
+    return value
 
 
 def check_iterable(name: str, images: Any) -> None:
@@ -127,9 +143,9 @@ def check_iterable(name: str, images: Any) -> None:
         )
 
 
-def _items(images: Any) -> Iterator[Any]:
-    """The items of an iterable or of a map-style data set."""
-    check_iterable("images", images)
+def _items(images: Any, name: str) -> Iterator[Any]:
+    """The items of an iterable or of a map-style data set, argument `name`."""
+    check_iterable(name, images)
     if not hasattr(images, "__iter__") and hasattr(images, "__len__"):
         return (images[index] for index in range(len(images)))
     return iter(images)
@@ -145,24 +161,27 @@ def read_images(
             follows, such as labels, is ignored), or dicts; or one tensor with all images.
 
     Raises:
-        TypeError, ValueError: not iterable, empty, another shape or dtype, NaN.
+        TypeError, ValueError: not iterable, empty, another shape or dtype, NaN; `limit` or
+            `batch_size` is not a number of images.
     """
+    check_count("max_images", limit, 1)
+    check_count("batch_size", batch_size, 1)
     shape = example.described(example.first)["shape"]
     if isinstance(images, Tensor) and (
         images.dim() == len(shape) or list(images.shape) == shape[1:]
     ):
         images = [images]  # a batch, or a single image
-    items = _items(images)
+    items = _items(images, example.images)
     columns: dict[int | str, list[Tensor]] = {slot: [] for slot in example.slots}
     count = 0
     for index, item in enumerate(items):
         found = example.tensors(item, index)
-        batches = {
-            slot: _checked(found[slot], example.described(slot), index) for slot in example.slots
-        }
+        batches = {slot: _checked(found[slot], slot, example, index) for slot in example.slots}
         sizes = {slot: batch.shape[0] for slot, batch in batches.items()}
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"images: item {index} has tensors of different batch sizes {sizes}")
+            raise ValueError(
+                f"{example.images}: item {index} has tensors of different batch sizes {sizes}"
+            )
         for slot, batch in batches.items():
             # a copy: a loader may fill the same memory again
             columns[slot].append(batch[: limit - count].clone())
@@ -170,7 +189,7 @@ def read_images(
         if count >= limit:
             break
     if not count:
-        raise ValueError("images is empty: calibration needs at least one image, 100 are plenty")
+        raise ValueError(f"{example.images} is empty: at least one image is needed")
     whole = {slot: torch.cat(parts) for slot, parts in columns.items()}
     starts = list(range(0, count, batch_size))
     if batch_size > 2 and count > 1 and count % batch_size == 1:
@@ -189,19 +208,18 @@ def one_batch(images: Any, example: ExampleCall) -> dict[int | str, Tensor]:
     """
     if not isinstance(images, (Tensor, Mapping, tuple, list)):
         raise TypeError(
-            f"images must be one batch as the model takes it (a tensor, a tuple that begins with "
-            f"one, or a dict), found {type(images).__name__}"
+            f"{example.images} must be one batch as the model takes it (a tensor, a tuple that "
+            f"begins with one, or a dict), found {type(images).__name__}"
         )
     found = example.tensors(images, 0)
     first, rest = found[example.first], []
     if isinstance(images, (tuple, list)):  # labels may follow, but no further images
         rest = [t for t in images[len(example.slots) :] if isinstance(t, Tensor) and t.dim() > 2]
     if isinstance(first, Tensor) and any(t.shape[1:] == first.shape[1:] for t in rest):
-        raise ValueError("images is a list of several batches; pass one, or torch.cat them")
-    return {
-        slot: _checked(found[slot], example.described(slot), 0, any_size=True)
-        for slot in example.slots
-    }
+        raise ValueError(
+            f"{example.images} is a list of several batches; pass one, or torch.cat them"
+        )
+    return {slot: _checked(found[slot], slot, example, 0, any_size=True) for slot in example.slots}
 
 
 def placed(batch: dict[int | str, Tensor], model: nn.Module, example: ExampleCall) -> Call:
@@ -218,7 +236,7 @@ def placed(batch: dict[int | str, Tensor], model: nn.Module, example: ExampleCal
 
 
 class CalibrationCalls:
-    """The calibration images as calls of the model, made anew each time.
+    """Images as calls of the model, made anew each time.
 
     Args:
         batches: as `read_images` returns them.
@@ -238,9 +256,11 @@ class CalibrationCalls:
         images: Iterable[Any],
         limit: int,
         batch_size: int,
+        asked_by: str = "calibrate",
     ) -> CalibrationCalls:
-        """From any iterable of images, see `read_images`; `described` as `ExampleCall` takes it."""
-        example = ExampleCall(described, model)
+        """From any iterable of images, see `read_images`; `described` and `asked_by` as
+        `ExampleCall` takes them."""
+        example = ExampleCall(described, model, asked_by)
         return cls(model, example, read_images(images, example, limit, batch_size))
 
     @property

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from dgefx.training.given import check_task
 from dgefx.training.shard import reshard
 
 _KEYS = ("state_dict", "state_dict_ema", "optimizer", "epoch", "extra")
@@ -149,8 +150,7 @@ def _check_extra(extra: Any) -> None:
 
 def _modules(task: TrainingTask) -> tuple[nn.Module, nn.Module | None]:
     """What `task` trains, and the average of it."""
-    if not isinstance(task, TrainingTask):
-        raise TypeError(f"task must be a timm.task.TrainingTask, found {type(task).__name__}")
+    check_task(task)
     model, ema = task.get_trainable_module(), task.get_trainable_module(ema=True)
     if model is None:
         raise ValueError(f"task {type(task).__name__} has no trainable module")

@@ -9,6 +9,7 @@ meets the budget on images as they are, without augmentation.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -40,6 +41,8 @@ _ITERATIONS = 60
 #: preferences that are tried, in logits, and how often the interval is halved
 _WIDEST = 30.0
 _BISECTIONS = 14
+#: of the dense model's MACs; a budget that is missed by more is told of
+_MISSED = 0.005
 
 
 def fit_gates(
@@ -67,7 +70,8 @@ def fit_gates(
     """
     record, inner = conversion_record(model), unwrap(model)
     routers = _gated_routers(inner, record, "fit_gates")
-    calls = CalibrationCalls.of(inner, example_of(inner, record), images, max_images, batch_size)
+    example = example_of(inner, record)
+    calls = CalibrationCalls.of(inner, example, images, max_images, batch_size, "fit_gates")
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in routers}
 
     def collect(name: str, inputs: tuple[Any, ...], _routing: Routing) -> None:
@@ -93,7 +97,7 @@ def settle_gates(
     For after fine-tuning: training sees augmented images, which have other amounts of detail than
     those that the model is used on, and a budget loss meets its target but roughly. One number is
     added to what every gate has for finer levels. Does nothing where the budget holds by
-    construction.
+    construction. Warns if no number brings the ratio to within 0.005 of `gamma`.
 
     Args:
         model: converted, changed in place. Evaluated in eval mode; its mode is restored.
@@ -105,12 +109,18 @@ def settle_gates(
         the MAC ratio on these images, by the blocks' measured costs.
 
     Raises:
-        TypeError, ValueError: not a converted model, gamma out of range, unusable images, or gates
-            that cannot ask for `gamma`. The model is unchanged then.
+        TypeError, ValueError: not a converted model, gamma out of range, unusable images, gates
+            that cannot ask for `gamma`, or another `gamma` than the model's where the budget holds
+            by construction. The model is unchanged then.
     """
     record, inner = conversion_record(model), unwrap(model)
     target = record.gamma if gamma is None else check_gamma(gamma)
     if record.config.capacity is not None:
+        if target != record.gamma:
+            raise ValueError(
+                f"the model keeps its budget of gamma={record.gamma:g} by construction, whatever "
+                f"its gates ask for; for gamma={target:g} call dgefx.set_budget(model, {target:g})"
+            )
         return record.report.ratio
     if record.gamma >= 1.0:
         if target < 1.0:
@@ -120,7 +130,8 @@ def settle_gates(
             )
         return record.report.ratio
     routers = _gated_routers(inner, record, "settle_gates")
-    calls = CalibrationCalls.of(inner, example_of(inner, record), images, max_images, batch_size)
+    example = example_of(inner, record)
+    calls = CalibrationCalls.of(inner, example, images, max_images, batch_size, "settle_gates")
     before = {name: gate.bias.detach().clone() for name, (_, gate) in routers.items()}
     finer = {name: _finer(router.level_costs()) for name, (router, _) in routers.items()}
 
@@ -141,19 +152,27 @@ def settle_gates(
                 f"gates ask for ratios from {ends[0]:.3f} to {ends[1]:.3f}, whatever is added to "
                 f"their preference for finer levels; gamma={target:g} is not among them"
             )
-        best = (abs(ends[0] - target), low, ends[0])
+        tried = {low: ends[0], high: ends[1]}
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            found = ratio_at(middle)
-            best = min(best, (abs(found - target), middle, found))
+            tried[middle] = found = ratio_at(middle)
             low, high = (middle, high) if found < target else (low, middle)
-        shift_to(best[1])
+        best = min(tried, key=lambda shift: abs(tried[shift] - target))
+        shift_to(best)
         if target != record.gamma:  # what a budget loss would pull them back to
             apply_budget(inner, record, target)
     except BaseException:
         shift_to(0.0)
         raise
-    return best[2]
+    if abs(tried[best] - target) > _MISSED:
+        warnings.warn(
+            f"settle_gates: gates ask for {tried[best]:.3f} of the MACs on these {calls.images} "
+            f"images, not for gamma={target:g}: with a little more for finer levels they go from "
+            f"{tried[low]:.3f} to {tried[high]:.3f} at once; give it more images, or train the "
+            f"gates further",
+            stacklevel=2,
+        )
+    return tried[best]
 
 
 def _gated_routers(model: nn.Module, record: Record, call: str) -> dict[str, tuple[Router, Gate]]:

@@ -166,6 +166,13 @@ class GateSchedule:
         """Whether levels are drawn with noise at a step."""
         return step < self.noise * self.steps
 
+    def is_over(self, step: int) -> bool:
+        """Whether a step is like the last one."""
+        last = self.steps - 1
+        return all(
+            at(step) == at(last) for at in (self.gamma_at, self.temperature_at, self.noise_at)
+        )
+
     def apply(self, model: nn.Module, step: int) -> float:
         """Set `model` to a step, in place.
 

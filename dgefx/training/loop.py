@@ -7,7 +7,6 @@ has callbacks for its rows, `dgefx.training.checkpoint` what its `after_epoch` m
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,9 +23,19 @@ from tqdm import tqdm
 from dgefx.budget_loss import asked_ratio, unwrap_all
 from dgefx.convert import report
 from dgefx.record import conversion_record
+from dgefx.training.given import (
+    check_functions,
+    check_gate_schedule,
+    check_loader,
+    check_numbers,
+    check_optimizer,
+    check_scheduler,
+    check_task,
+    described,
+    scalar,
+)
+from dgefx.training.scalars import Row, Scalars
 from dgefx.training.task import FinetuneTask
-
-Row = dict[str, Any]
 
 
 def train(
@@ -37,6 +46,7 @@ def train(
     *,
     epochs: int,
     start_epoch: int = 0,
+    schedule_epochs: int | None = None,
     accumulate: int = 1,
     clip_grad: float | None = 1.0,
     amp: torch.dtype | None = None,
@@ -63,8 +73,13 @@ def train(
         loader: has a length and yields (input, target), as a tuple or list. Inputs and targets are
             tensors, or dicts, lists and tuples of tensors; they are moved to the task's device. Its
             sampler's `set_epoch` is called if it has one.
-        scheduler: of timm; `step_update` is called after every update, `step` after every epoch.
+        optimizer: of parameters that the task's model has now, also sharded ones.
+        scheduler: of timm, made with this optimiser; `step_update` is called after every update,
+            `step` after every epoch.
         epochs: in all, those before `start_epoch` included.
+        schedule_epochs: the number of epochs that the scheduler, and the `GateSchedule` of the
+            task, were made for; None: `epochs`. More for a part of a training, fewer for epochs at
+            the last learning rate; 0: they are not asked.
         accumulate: batches per optimiser update. The gradient is that of the mean of their losses;
             the last update of an epoch may have fewer.
         clip_grad: largest 2-norm of the gradient; None: not clipped.
@@ -74,23 +89,27 @@ def train(
         log: called once per update with a flat dict: epoch, step (updates before this one in the
             whole training), lr (of the first parameter group, without its `lr_scale`), gamma and
             ratio of a converted model, and every scalar that the task returns (loss and its parts).
-            On an accelerator it is called one update late, so that the device does not wait.
+            It is called before the update is made.
         after_epoch: called with the number of the epoch that is over, for evaluation and
             checkpoints; may change the mode of the model and draw random numbers.
         progress: show a bar on rank 0, under the name `label`.
 
     Raises:
-        TypeError, ValueError: naming the argument.
-        FloatingPointError: a loss was not finite; names the step and the parts. On the CPU the
-            update was not made; on an accelerator it was, but `after_epoch` not called.
+        TypeError, ValueError: naming the argument; before anything was changed where it is not
+            about what the loader or the task yields.
+        FloatingPointError: a loss was not finite; names the step and the parts. The update was not
+            made.
     """
-    batches = _check(loader, epochs, start_epoch, accumulate, clip_grad, amp)
-    if scheduler is None and any(g.get("lr_scale", 1.0) != 1.0 for g in optimizer.param_groups):
-        raise ValueError(
-            "optimizer has groups with an lr_scale, which timm's schedulers apply, but there is no "
-            "scheduler; pass one, or make the groups with param_groups(model, lr=...)"
-        )
+    check_task(task)
+    check_numbers(epochs, start_epoch, accumulate, seed, schedule_epochs, clip_grad, amp)
+    check_functions(mixup=mixup, log=log, after_epoch=after_epoch)
+    batches = check_loader(loader)
     updates = math.ceil(batches / accumulate)
+    over = epochs if schedule_epochs is None else schedule_epochs
+    check_optimizer(optimizer, task)
+    check_scheduler(scheduler, optimizer, over, updates)
+    if isinstance(task, FinetuneTask):
+        check_gate_schedule(task.schedule, over, updates)
     if scheduler is not None and start_epoch:
         scheduler.step_update(start_epoch * updates)
         scheduler.step(start_epoch)
@@ -102,7 +121,7 @@ def train(
         if set_epoch is not None:
             set_epoch(epoch)
         task.train()
-        numbers = _Numbers(log, world, late=task.device.type != "cpu")
+        scalars = Scalars(log, world)
         waiting = iter(loader)
         with tqdm(
             total=updates,
@@ -113,10 +132,9 @@ def train(
         ) as bar:
             for update in range(updates):
                 count = min(accumulate, batches - update * accumulate)
-                step(epoch, epoch * updates + update, _take(waiting, count), count, numbers)
-                bar.set_postfix(numbers.shown, refresh=False)
+                step(epoch, epoch * updates + update, _take(waiting, count), count, scalars)
+                bar.set_postfix(scalars.shown, refresh=False)
                 bar.update()
-        numbers.flush()
         if scheduler is not None:
             scheduler.step(epoch + 1)
         if after_epoch is not None:
@@ -140,7 +158,7 @@ class _Step:
         self.held: tuple[float, float] | None = None
 
     def __call__(
-        self, epoch: int, step: int, batches: Iterator[Any], count: int, numbers: _Numbers
+        self, epoch: int, step: int, batches: Iterator[Any], count: int, scalars: Scalars
     ) -> None:
         """Forward and backward of `count` batches, then the update."""
         row: Row = {"epoch": epoch, "step": step, "lr": self._lr()}
@@ -149,12 +167,17 @@ class _Step:
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            with self.task.no_sync() if index + 1 < count else nullcontext():
-                for name, value in self._forward_backward(batch, count).items():
+            last = index + 1 == count
+            with nullcontext() if last else self.task.no_sync():
+                loss, found = self._forward(batch)
+                for name, value in found.items():
                     sums[name] = sums[name] + value if name in sums else value
-        if isinstance(self.task, FinetuneTask) and "ratio" not in sums:
-            row["ratio"] = self._held_ratio(self.task)
-        numbers.put(row, {name: value / count for name, value in sums.items()})
+                if last:
+                    if isinstance(self.task, FinetuneTask) and "ratio" not in sums:
+                        row["ratio"] = self._held_ratio(self.task)
+                    scalars.send(row, {name: value / count for name, value in sums.items()})
+                (loss / count).backward()
+        scalars.read()  # before the update, which a loss that is not finite must not reach
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.clip_grad)
         self.optimizer.step()
@@ -162,8 +185,8 @@ class _Step:
         if self.scheduler is not None:
             self.scheduler.step_update(step + 1)
 
-    def _forward_backward(self, batch: Any, count: int) -> dict[str, Tensor]:
-        """The scalars of one batch, detached."""
+    def _forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, and its scalars, detached."""
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TypeError(
                 f"loader must yield (input, target), found {type(batch).__name__}"
@@ -176,10 +199,15 @@ class _Step:
             input, target = self.mixup(input, target)
         with self._autocast():
             result = self.task(input, target)
-        (result["loss"] / count).backward()
+        if not isinstance(result, dict) or "loss" not in result:
+            raise TypeError(
+                f"task must return a dict with the loss under 'loss', as timm's do; "
+                f"{described(self.task)} returns {described(result)}"
+            )
+        loss = scalar("the loss of the task", result["loss"])
         found = {
             name: value.detach()
-            for name, value in result.items()
+            for name, value in {**result, "loss": loss}.items()
             if isinstance(value, Tensor) and value.ndim == 0
         }
         if isinstance(self.task, FinetuneTask):
@@ -188,7 +216,7 @@ class _Step:
             asked = asked_ratio(inner, conversion_record(inner))
             if asked is not None:
                 found = {"ratio": asked.detach(), **found}
-        return found
+        return loss, found
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.amp is None:
@@ -205,75 +233,6 @@ class _Step:
         group = self.optimizer.param_groups[0]
         scale = group.get("lr_scale", 1.0) if self.scheduler is not None else 1.0
         return float(group["lr"] / scale)
-
-
-class _Numbers:
-    """The scalars of each update on their way to the host, one transfer per update."""
-
-    def __init__(self, log: Callable[[Row], object] | None, world: int, late: bool) -> None:
-        self.log, self.world, self.late = log, world, late
-        self.waiting: deque[tuple[Row, list[str], Tensor]] = deque()
-        self.shown: dict[str, str] = {}
-
-    def put(self, row: Row, values: dict[str, Tensor]) -> None:
-        """Take the scalars of an update; read those of the one before, or these if not `late`."""
-        stacked = torch.stack([value.float() for value in values.values()])
-        if self.world > 1:
-            # also lets every rank see, and stop at, a loss that is not finite on one of them
-            dist.all_reduce(stacked)
-            stacked = stacked / self.world
-        self.waiting.append((row, list(values), stacked))
-        if len(self.waiting) > self.late:
-            self._read()
-
-    def flush(self) -> None:
-        """Read what is left."""
-        while self.waiting:
-            self._read()
-
-    def _read(self) -> None:
-        row, names, stacked = self.waiting.popleft()
-        values = dict(zip(names, stacked.tolist(), strict=True))
-        if not all(math.isfinite(value) for value in values.values()):
-            parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            raise FloatingPointError(
-                f"the loss is not finite at step {row['step']} (epoch {row['epoch']}, lr "
-                f"{row['lr']:.3g}): {parts}; a lower learning rate, clip_grad, or amp=None may help"
-            )
-        self.shown = {name: f"{values[name]:.3f}" for name in ("loss",) if name in values}
-        if self.log is not None:
-            self.log({**row, **values})
-
-
-def _check(
-    loader: Any,
-    epochs: int,
-    start_epoch: int,
-    accumulate: int,
-    clip_grad: float | None,
-    amp: torch.dtype | None,
-) -> int:
-    """Check the arguments of `train`; returns the number of batches per epoch."""
-    for name, value, least in (
-        ("epochs", epochs, 0),
-        ("start_epoch", start_epoch, 0),
-        ("accumulate", accumulate, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, found {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, found {value}")
-    if clip_grad is not None and not clip_grad > 0:
-        raise ValueError(f"clip_grad must be positive, or None for no clipping, found {clip_grad}")
-    if amp is not None and not isinstance(amp, torch.dtype):
-        raise TypeError(f"amp must be a torch.dtype or None, found {amp!r}")
-    if amp == torch.float16:
-        raise ValueError("amp must not be float16, which needs a scaled loss; use torch.bfloat16")
-    if not hasattr(loader, "__len__"):
-        raise TypeError(f"loader must have a length, found {type(loader).__name__} without")
-    if not len(loader):
-        raise ValueError("loader has no batches: fewer images than one batch, with drop_last?")
-    return len(loader)
 
 
 def _take(batches: Iterator[Any], count: int) -> Iterator[Any]:

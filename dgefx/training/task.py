@@ -21,6 +21,7 @@ from dgefx.convert import report, revert
 from dgefx.record import conversion_record, converted_blocks
 from dgefx.training.checks import check_number
 from dgefx.training.gates import GateSchedule
+from dgefx.training.given import described, scalar
 from dgefx.training.shard import shard
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -92,6 +93,14 @@ class FinetuneTask(TrainingTask):
             raise TypeError(f"schedule must be a GateSchedule, found {type(schedule).__name__}")
         self.schedule = schedule
         self._aim: float | None = None
+        if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
+            made = f"; pass an instance, {criterion.__name__}()" if callable(criterion) else ""
+            raise TypeError(
+                f"criterion must be a module or a function of (output, target), found "
+                f"{described(criterion)}{made}"
+            )
+        if criterion_kwargs is not None and not isinstance(criterion_kwargs, dict):
+            raise TypeError(f"criterion_kwargs must be a dict, found {described(criterion_kwargs)}")
         self.criterion = resolve_classification_loss(
             criterion, self.device, criterion_kwargs=criterion_kwargs
         )
@@ -223,7 +232,7 @@ class FinetuneTask(TrainingTask):
             loss = loss + self.budget_loss_weight * budget
             result["budget_loss"] = budget.detach()
         if self.task_loss_weight:
-            task_loss = self.criterion(shown, target)
+            task_loss = scalar("the loss of the criterion", self.criterion(shown, target))
             loss = loss + self.task_loss_weight * task_loss
             result["task_loss"] = task_loss.detach()
         if self.teacher is not None:

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 import dgefx
 from dgefx.training import FinetuneTask, GateSchedule
 from dgefx.training.log import CsvLog, TensorBoardLog
-from dgefx.training.loop import _Numbers, train
+from dgefx.training.loop import train
 from dgefx.training.optim import param_groups
+from dgefx.training.scalars import Scalars
 from tests.helpers import TinyViT, error, images
 
 COLUMNS = ["epoch", "step", "lr", "gamma", "ratio", "loss", "budget_loss", "task_loss", "kd_loss"]
@@ -269,19 +270,17 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     assert bool(weights(task).isfinite().all())
 
 
-def test_on_accelerators_numbers_are_read_one_update_late() -> None:
+def test_numbers_are_sent_for_and_read_later() -> None:
     rows: list[dict[str, Any]] = []
-    numbers = _Numbers(rows.append, world=1, late=True)
+    scalars = Scalars(rows.append, world=1)
     row = {"epoch": 0, "lr": 0.1}
-    numbers.put({**row, "step": 0}, {"loss": torch.tensor(1.0)})
+    scalars.send({**row, "step": 0}, {"loss": torch.tensor(1.0)})
     assert rows == []
-    numbers.put({**row, "step": 1}, {"loss": torch.tensor(2.0)})
-    assert [r["step"] for r in rows] == [0]
-    numbers.flush()
-    assert [r["loss"] for r in rows] == [1.0, 2.0]
-    numbers.put({**row, "step": 2}, {"loss": torch.tensor(float("inf"))})
-    with pytest.raises(FloatingPointError, match="step 2"):
-        numbers.flush()
+    scalars.read()
+    assert [r["loss"] for r in rows] == [1.0]
+    scalars.send({**row, "step": 1}, {"loss": torch.tensor(float("inf"))})
+    with pytest.raises(FloatingPointError, match="step 1"):
+        scalars.read()
 
 
 @pytest.mark.parametrize(
