@@ -28,6 +28,7 @@ from dgefx.passes.blame import own_code_fails
 from dgefx.passes.call_forms import with_forms
 from dgefx.passes.capture import Call, capture, idle_modules, recording
 from dgefx.passes.cost import block_cost, count_macs
+from dgefx.passes.diagnosis import why_unequal
 from dgefx.passes.grid_sources import find_sources, watching_sizes
 from dgefx.passes.lines import reason_lines
 from dgefx.passes.locate import Site, locate
@@ -119,6 +120,7 @@ _QUANTISED = (
     "Its weights are of type {}, as quantised ones are, and may round otherwise in the converted "
     "block: convert the model first and quantise the converted one"
 )
+_FAILED = "verification failed"
 _COMPILED = Reason(
     "it is itself wrapped by torch.compile(block); put block._orig_mod back in its place and "
     "compile it after the conversion, or compile it with block.compile()",
@@ -353,7 +355,8 @@ def _plan_sites(
                 given = (work.get_submodule(site.name), plan, calls[site.name])
                 verify_type(*given, site.stream.meta["shape"], config, types[site.name])
         except Refused as error:
-            site.refuse(Reason(str(error), error.kind))
+            known = _why(work, site, calls[site.name]) if error.kind == _FAILED else None
+            site.refuse(known or Reason(str(error), error.kind))
             continue
         except TraceError as error:
             site.refuse(Reason(str(error), "not traceable"))
@@ -420,6 +423,12 @@ def _plan_site(
         if plan.eval_key is not None:
             twins.bound[plan.eval_key] = plan
     return with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
+
+
+def _why(work: nn.Module, site: Site, call: Call) -> Reason | None:
+    assert site.layout is not None and site.stream is not None
+    block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
+    return why_unequal(block, call, site.layout, shape)
 
 
 def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:

@@ -35,6 +35,15 @@ class Constants(nn.Module):
         for name, value in tensors.items():
             self.register_buffer(name, value, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Constants:
+        """They go to other devices, and stay of the type that they are of in the dense block, where
+        `half()` does not see them either."""
+        types = {name: value.dtype for name, value in self.named_buffers()}
+        super()._apply(fn, recurse)
+        for name, dtype in types.items():
+            setattr(self, name, self.get_buffer(name).to(dtype))
+        return self
+
 
 def _is_empty(stream: Tensor) -> bool:
     """Whether there is nothing to route. Not asked of graphs that are to serve any batch."""

@@ -23,8 +23,10 @@ _AGAIN = (
     "take the conversion back (dgefx.revert), change the dense model, and convert that one again"
 )
 
+#: where modules keep hooks that their call runs
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BYPASSED = (
-    "dgefx: a forward hook on {} does not run: the converted block computes this module's part for "
+    "dgefx: a hook on {} does not run: the converted block computes this module's part for "
     "queries and for keys and values apart. Hook the block, or the layers inside that README "
     "names; or convert with filter_fn leaving the block dense"
 )
@@ -87,8 +89,7 @@ class Guards:
             names[f"kind_{index}"] = kind
             terms.append(f"isinstance({_path(name)}, kind_{index})")
         for name in self.bypassed:
-            hooks = (f"{_path(name)}._forward_hooks", f"{_path(name)}._forward_pre_hooks")
-            terms += [f"not {kept}" for kept in hooks]
+            terms += [f"not {_path(name)}.{kept}" for kept in _HOOKS]
         terms += [f"not {_path(name)}.training" for name in self.twice]
         made: Callable[[nn.Module], bool] = eval(f"lambda block: {' and '.join(terms)}", names)
         return made
@@ -146,7 +147,7 @@ class Guards:
                         f"call; make them plain ones, with torch.nn.utils.prune.remove(module, "
                         f"name) after pruning, or do it before dgefx.convert"
                     )
-            if part._forward_hooks or part._forward_pre_hooks:
+            if any(getattr(part, kept) for kept in _HOOKS):
                 _warn(block, name, _BYPASSED.format(f"{label}.{name}"))
         for name in self.twice:
             if _part(block, name).training:

@@ -26,8 +26,8 @@ _TOOLS = tuple(Path(str(package.__file__)).parent for package in (torch, network
 #: hands on every attribute that the user's code asks for, also one that is not there
 _WATCHES = Path(__file__).with_name("attributes.py")
 _STANDARD = Path(os.__file__).parent
-#: the user's code that is in no file: notebooks, the prompt, an `fx.GraphModule`
-_TYPED = ("<ipython-input", "<stdin>", "<eval_with_key>")
+#: code in no file that is not the user's (what is: notebooks, the prompt, an `fx.GraphModule`)
+_GENERATED = ("<dgefx ", "<frozen ", "<string>", "<__array_function__")
 #: the function of `passes.trace` that runs one operation of a block, and the one that traces it
 _RUNS, _TRACES = "run_node", "_trace_copy"
 
@@ -44,7 +44,7 @@ def _is_own(filename: str) -> bool:
 @functools.cache
 def _is_users(filename: str) -> bool:
     if filename.startswith("<"):
-        return filename.startswith(_TYPED)
+        return not filename.startswith(_GENERATED)
     path = Path(filename)
     if _is_own(filename) or any(path.is_relative_to(tool) for tool in _TOOLS):
         return False

@@ -161,6 +161,18 @@ def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, ax
     return counted and len(value) > 0 and len(value) % images == 0
 
 
+def _of_images(
+    tensor: fx.Node, behind: set[fx.Node], values: dict[fx.Node, Any], images: int
+) -> bool:
+    """Whether all that is asked of a tensor is its first size, and that is the number of images: of
+    a stream with images on the first axis it is the same."""
+    sizes = [n for n in behind if tensor in n.all_input_nodes]
+    reads = [n for n in behind if any(size in n.all_input_nodes for size in sizes)]
+    shapes = all(isinstance(values[n], torch.Size) for n in sizes)
+    firsts = all(n.target is operator.getitem and n.args[1] == 0 for n in reads)
+    return shapes and firsts and values[tensor].shape[:1] == (images,)
+
+
 def size_questions(
     decisions: Decisions, graph: fx.Graph, stream: fx.Node
 ) -> tuple[fx.Graph, tuple[bool, ...]] | None:
@@ -168,7 +180,8 @@ def size_questions(
     were; None without any.
 
     Sizes that are read off a value of another shape than the stream's, and no argument of the
-    block, are left out: what they are on another grid is not known without running the block.
+    block, are left out, but for the number of images: what they are on another grid is not known
+    without running the block.
     """
     values, made = decisions.values, fx.Graph()
     shape = values[stream].shape
@@ -183,7 +196,8 @@ def size_questions(
         given = any(n.op == "placeholder" and n not in tensors for n in behind)
         typed = any(_reads_type(n) for n in behind)
         known = all(
-            isinstance(values[n], Tensor) and (n in inputs or values[n].shape == shape)
+            isinstance(values[n], Tensor)
+            and (n in inputs or values[n].shape == shape or _of_images(n, behind, values, shape[0]))
             for n in tensors
         )
         calls = all(

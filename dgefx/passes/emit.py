@@ -57,7 +57,7 @@ from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, op_name
 from dgefx.passes.projections import FusedProjection, Part, linear_operands
 from dgefx.passes.slots import SlotChooser, axis_sizes, einsum_tables
 from dgefx.passes.trace import HOOKED, Trace
-from dgefx.passes.worlds import Refused, Worlds, block_flow
+from dgefx.passes.worlds import Refused, Worlds, block_flow, carries_tensor
 
 #: forms whose other axes are the same in both worlds
 _TOKEN_KINDS = ("tokens", "grid", "window")
@@ -466,6 +466,8 @@ class Splitter:
 
     def _operand(self, source: fx.Node, crosses: bool, slots: bool = False) -> Any:
         if crosses or source not in self.worlds.asking:
+            if source not in self.context and not carries_tensor(self.trace.values[source]):
+                return self.query[source]  # a size that is the same on both sides
             return self.context[source]
         form = self.forms.get(source)
         if form is None or form.kind not in ("tokens", "grid", "window"):

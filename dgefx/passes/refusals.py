@@ -39,6 +39,9 @@ KindName = Literal[
     "further results",
     "not traceable",
     "keeps state",
+    "draws random numbers",
+    "hooks inside",
+    "tokens by place",
     "other gradients",
     "decides by type",
     "follows the batch size",
@@ -206,18 +209,33 @@ KINDS: dict[KindName, Kind] = {
     "not traceable": Kind(
         False,
         "rewrite the operation that the reason names (no .item() or branch on tensor values, no "
-        "in-place change of parameters, buffers or constants) or mark its function with "
-        "torch.fx.wrap; else report it with the block's code",
+        "in-place change of parameters, buffers or constants; sizes as a tuple, torch.rand((n, 1)) "
+        "instead of torch.rand(n, 1)) or mark its function with torch.fx.wrap; else report it with "
+        "the block's code",
     ),
     "keeps state": Kind(
         False,
         "let forward set no attribute (switch off what saves maps or counts calls); a forward hook "
         "on the block can note down what is needed",
     ),
+    "draws random numbers": Kind(
+        False,
+        "let it draw none in eval mode, or in a module of its own that works on every token alike",
+    ),
+    "hooks inside": Kind(
+        False,
+        "hook the block itself, or layers that are called on all tokens (norms, an MLP); or write "
+        "what the hooks do into forward",
+    ),
+    "tokens by place": Kind(
+        False,
+        "add positions by a table of one entry per token, (1, N, C) or (N, N), and let nothing "
+        "else tell tokens apart by an index or slice",
+    ),
     "other gradients": Kind(
         False,
-        "put the autograd function into a module of its own that works on every token alike (it "
-        "stays a call), or mark a function that applies it with torch.fx.wrap",
+        "put the autograd function into a module of its own that works on every token alike: it "
+        "stays a call",
     ),
     "decides by type": Kind(
         False,

@@ -46,6 +46,11 @@ from dgefx.passes.tokenwise import keeps_tokens_apart
 
 #: results that are numbers or booleans made of the elements of a tensor
 _READS_ELEMENTS = frozenset({"item", "tolist", "equal", "allclose", "is_nonzero"})
+#: attributes and methods of a tensor that are about its gradient, and no part of a graph
+_ASKS_OF_GRADIENTS = frozenset(
+    "requires_grad grad grad_fn is_leaf register_hook retain_grad requires_grad_ is_inference "
+    "register_post_accumulate_grad_hook".split()
+)
 #: what blocks ask before they clamp half precision; the same for all sane data
 _GUARDS_OVERFLOW = frozenset({"isfinite", "isinf", "isnan"})
 
@@ -60,6 +65,8 @@ class ConcolicProxy(fx.Proxy):
         return self.tracer.versions.value(self.node)
 
     def __getattr__(self, name: str) -> Any:
+        if name in _ASKS_OF_GRADIENTS:
+            raise TraceError(f"the block asks for {name} of a value, which a trace would fix")
         if name == "dtype" and self.tracer.decisions.fixed:
             return self._value.dtype
         if name == "ndim" and isinstance(self._value, Tensor):
@@ -173,6 +180,8 @@ class ConcolicTracer(fx.Tracer):
         if m in self.leaves or isinstance(m, (nn.MultiheadAttention, _NormBase)) or _wraps_layer(m):
             return True
         if self._apart.get(m, False):
+            return True
+        if type(m) is nn.Linear:  # also one that was given children, as an adapter in a hook
             return True
         return type(m).__module__.startswith("torch.nn") and not any(m.children())
 
@@ -420,6 +429,21 @@ class ConcolicTracer(fx.Tracer):
             self.values[stopped] = self.values[node]
             for user in users:
                 user.replace_input_with(node, stopped)
+
+    def holds_data(self, held: Any) -> bool:
+        """Whether the block has put something into a container that its input is part of."""
+        values = list(held.values()) if isinstance(held, dict) else list(held)
+        front = [v.node for v in pytree.tree_leaves(values) if isinstance(v, fx.Proxy)]
+        seen = set(front)
+        while front:
+            node = front.pop()
+            if node.op == "placeholder" and isinstance(self.values[node], Tensor):
+                return True
+            sources = (n for n in node.all_input_nodes if tensors_of(self.values[n]))
+            fresh = [n for n in sources if n not in seen]
+            seen.update(fresh)
+            front += fresh
+        return False
 
     def apart(self) -> frozenset[str]:
         """Names of the modules that stay calls because they treat every token alike."""
@@ -709,11 +733,11 @@ def _trace_copy(
     calls = Calls(lambda: not tracer.executing)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(grad):
-        kept = containers(root)
+        kept, caches = containers(root), set()
         if _tensor_dicts(root) and _has_caches(block, spec):
             for held in _tensor_dicts(root):
                 held.clear()
-                kept = {name: pair for name, pair in kept.items() if pair[0] is not held}
+                caches |= {name for name, pair in kept.items() if pair[0] is held}
         with (
             wrapped_functions(root, opaque),
             _KeepRandom(tracer),
@@ -725,18 +749,18 @@ def _trace_copy(
     filled = [
         name
         for name, (held, count) in kept.items()
-        if len(held) != count
-        or any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(list(held)))
-        or (isinstance(held, dict) and any(isinstance(v, fx.Proxy) for v in held.values()))
+        if tracer.holds_data(held) or (len(held) != count and name not in caches)
     ]
     _drop_unread(graph)
     names = {n for n, _ in root.named_parameters(remove_duplicate=False)}
     names |= {n for n, _ in root.named_buffers(remove_duplicate=False)}
     constants = {}
     for node in graph.nodes:
-        value = tracer.values.get(node)
-        if node.op == "get_attr" and node.target not in names and isinstance(value, Tensor):
-            constants[str(node.target)] = run_node(node, root, (), {})
+        if node.op != "get_attr" or node.target in names:
+            continue
+        target, value = str(node.target), tracer.values[node]
+        if isinstance(value, Tensor) and not _is_attribute(block, target):
+            constants[target] = run_node(node, root, (), {})
     return Trace(
         graph,
         root,
@@ -753,6 +777,15 @@ def _trace_copy(
         calls.asks_grad,
         calls.knows_autocast or fixed,
     )
+
+
+def _is_attribute(block: nn.Module, target: str) -> bool:
+    """Whether a constant is a plain attribute of the block's, which the model may set anew."""
+    owner, _, name = target.rpartition(".")
+    try:
+        return isinstance(vars(block.get_submodule(owner)).get(name), Tensor)
+    except AttributeError:
+        return False
 
 
 def _drop_unread(graph: fx.Graph) -> None:

@@ -125,6 +125,8 @@ def _both_gradients(
     except (RuntimeError, TypeError, NotImplementedError) as error:
         if dtype is torch.float64:
             return None
+        if plan.functions:
+            raise _other_gradient(plan, "", 0.0, noise) from error
         raise Refused(
             f"verification: the backward pass of the converted block fails: {error}",
             "verification failed",

@@ -1,0 +1,74 @@
+"""Why a block that was traced and split does not equal its dense block: what users do, by trial.
+
+Asked by `dgefx.analysis` where verification failed, so that the reason names the cause and not only
+the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from dgefx.kernels.layout import to_tokens
+from dgefx.passes.capture import Call, tensors_in
+from dgefx.passes.grid import Layout
+from dgefx.passes.refusals import Reason
+from dgefx.passes.trace import copy_block
+
+
+def why_unequal(
+    block: nn.Module, call: Call, layout: Layout, shape: tuple[int, ...]
+) -> Reason | None:
+    """The cause of a difference; None where it is not known.
+
+    Args:
+        block: the dense one, in eval mode; not changed. call, layout, shape: of its example run.
+    """
+
+    def run(seed: int, change: Callable[[Tensor], Tensor] = lambda stream: stream) -> Tensor:
+        torch.manual_seed(seed)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: change(t.clone()), call)
+        return tensors_in(copy_block(block)(*args, **kwargs))[0]
+
+    def same_everywhere(value: Tensor) -> Tensor:
+        if tuple(value.shape) != shape:
+            return value
+        constant = value.clone()
+        for letter in "NHW":
+            if letter in layout.order:
+                axis = layout.axis(letter)
+                constant = constant.narrow(axis, 0, 1).expand_as(value)
+        return constant.clone()
+
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+            first = run(1)
+            if not torch.equal(run(2), first):
+                return Reason(
+                    "it draws random numbers in eval mode, for queries others than for tokens",
+                    "draws random numbers",
+                )
+            hooked = [name for name, part in block.named_modules() if name and _has_hooks(part)]
+            if hooked:
+                return Reason(
+                    f"forward hooks on {', '.join(hooked)} change what it computes, and not every "
+                    f"part of a converted block is called",
+                    "hooks inside",
+                )
+            tokens = to_tokens(run(1, same_everywhere), layout.order)[:, layout.prefix :]
+            spread = (tokens - tokens[:, :1]).norm() / tokens.norm()
+            if bool(spread > 1e-4):
+                return Reason(
+                    "it does to some tokens what it does not do to others, by their place",
+                    "tokens by place",
+                )
+    except Exception:  # user code may raise anything on other values
+        return None
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
