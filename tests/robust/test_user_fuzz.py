@@ -31,7 +31,7 @@ def _judged_with(
     return check(spec, convert, only)
 
 
-@pytest.mark.parametrize("spec", drawn(4, 2026), ids=repr)
+@pytest.mark.parametrize("spec", drawn(3, 2026), ids=repr)
 def test_a_few(spec: UserSpec) -> None:
     outcome = check(spec)
     assert outcome.kind not in ("wrong", "blunt"), outcome.what
