@@ -235,7 +235,7 @@ KINDS: dict[KindName, Kind] = {
     "other gradients": Kind(
         False,
         "put the autograd function into a module of its own that works on every token alike: it "
-        "stays a call",
+        "stays a call. Stop gradients around the block, not in it",
     ),
     "decides by type": Kind(
         False,

@@ -39,8 +39,9 @@ def verify_gradients(
     dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
 ) -> None:
     """Compare the gradients of the stream and of all parameters at the finest granularity, in train
-    mode without chance, in float64 or, where the block has float32 written into it or gives
-    something else in float64 (SDPA takes a float32 mask for one of float64), in float32.
+    mode without chance and, where it runs other code then, in eval mode. In float64 or, where the
+    block has float32 written into it or gives something else in float64 (SDPA takes a float32 mask
+    for one of float64), in float32.
 
     Routed by detail, whatever `config` asks for: learned gates have gradients of their own.
 
@@ -48,14 +49,27 @@ def verify_gradients(
         Refused: they differ.
     """
     config = DGEConfig(config.granularities, config.region, budget=config.budget)
+    both = not plan.train_code.is_same(plan.eval_code)
+    for training in (True, False) if both else (True,):
+        _verify_gradients(dense, plan, call, shape, config, training)
+
+
+def _verify_gradients(
+    dense: nn.Module,
+    plan: BlockPlan,
+    call: Call,
+    shape: tuple[int, ...],
+    config: DGEConfig,
+    training: bool,
+) -> None:
     refused: Refused | None = None
     for dtype, own, whole in (
         (torch.float64, _OWN, _ALL),
         (torch.float32, _OWN_FLOAT32, _ALL_FLOAT32),
     ):
-        if dtype not in plan.guards[1].types:
+        if dtype not in plan.guards[int(training)].types:
             continue
-        pair = _both_gradients(dense, plan, call, shape, config, dtype)
+        pair = _both_gradients(dense, plan, call, shape, config, dtype, training)
         if pair is None:
             continue
         refused = _compared(plan, *pair, own, whole)
@@ -92,6 +106,12 @@ def _other_gradient(plan: BlockPlan, name: str, error: float, wanted: Tensor) ->
             f"its own, which the converted block would leave out",
             "other gradients",
         )
+    if not float(wanted.norm()):
+        return Refused(
+            f"no gradient reaches {name} in it, and in the converted block one would: it stops them "
+            f"with torch.no_grad() or detach()",
+            "other gradients",
+        )
     return Refused(
         f"verification: the gradient of {name} differs from the dense block's by {error:.1e}, of "
         f"{float(wanted.norm()):.1e}",
@@ -106,9 +126,10 @@ def _both_gradients(
     shape: tuple[int, ...],
     config: DGEConfig,
     dtype: torch.dtype,
+    training: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
     """(of the converted block, of the dense one); None where the dense one has none."""
-    reference = copy_block(dense).train()
+    reference = copy_block(dense).train(training)
     randomise_constants(reference)
     noise = torch.randn(
         stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(6)
@@ -157,7 +178,9 @@ def _gradients(
         output = output_tensors(module(*args, **kwargs))[0]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
         loss = (output * weights.to(output)).sum()
-        gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        if loss.requires_grad:  # not under `torch.no_grad()` in the block
+            gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return {
         name: torch.zeros_like(value) if gradient is None else gradient
         for (name, value), gradient in zip(wanted.items(), gradients, strict=True)
