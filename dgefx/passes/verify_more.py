@@ -108,8 +108,8 @@ def _other_gradient(plan: BlockPlan, name: str, error: float, wanted: Tensor) ->
         )
     if not float(wanted.norm()):
         return Refused(
-            f"no gradient reaches {name} in it, and in the converted block one would: it stops them "
-            f"with torch.no_grad() or detach()",
+            f"no gradient reaches {name} in it, and in the converted block one would: it stops "
+            f"them with torch.no_grad() or detach()",
             "other gradients",
         )
     return Refused(
