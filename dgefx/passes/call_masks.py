@@ -20,6 +20,7 @@ from dgefx.config import DGEConfig
 from dgefx.kernels.layout import has_parts
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import CallSpec, MaskInput
+from dgefx.nn.capacity import plan_from_fractions
 from dgefx.nn.code import GraphCode
 from dgefx.nn.guards import Guards
 from dgefx.passes.call_probe import (
@@ -288,7 +289,10 @@ class MaskForms:
         else:
             copied = copy_block(self.block).eval()
             randomise_constants(copied)
-            converted = build_block(copied, plan, self.config, grid_shape(plan))
+            # not by `plans`, which would find all others of this grid as well
+            fine = (1.0, *(0.0,) * (self.config.levels - 1))
+            finest = plan_from_fractions(plan.space(self.config), self.config, fine)
+            converted = build_block(copied, plan, self.config, grid_shape(plan), finest)
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
                 generator = torch.Generator().manual_seed(3)
                 verify_mixed(copied, converted, plan, call, size, self.config, generator)
