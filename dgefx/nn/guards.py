@@ -56,7 +56,8 @@ class Guards:
     its branches on sizes, of the inputs of the generated code; answers: what they were where it was
     traced, and on other sizes on which it equals the dense block.
     knows_autocast: whether it runs otherwise under autocast. twice: modules with running statistics
-    that run for queries and for keys and values.
+    that run for queries and for keys and values. unpatched: modules gone through whose forward is
+    their class's.
     """
 
     settings: tuple[Setting, ...] = ()
@@ -67,6 +68,7 @@ class Guards:
     answers: frozenset[tuple[bool, ...]] = frozenset()
     knows_autocast: bool = False
     twice: tuple[str, ...] = ()
+    unpatched: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_holds", self._compiled())
@@ -91,6 +93,7 @@ class Guards:
         for name in self.bypassed:
             terms += [f"not {_path(name)}.{kept}" for kept in _HOOKS]
         terms += [f"not {_path(name)}.training" for name in self.twice]
+        terms += [f"'forward' not in {_path(name)}.__dict__" for name in self.unpatched]
         made: Callable[[nn.Module], bool] = eval(f"lambda block: {' and '.join(terms)}", names)
         return made
 
@@ -136,6 +139,12 @@ class Guards:
                 raise ValueError(
                     f"block {label}: {name} was {kind.__name__} when the model was converted, and "
                     f"{type(part).__name__}, which it is now, is not called; {_AGAIN}"
+                )
+        for name in self.unpatched:
+            if "forward" in vars(_part(block, name)):
+                raise ValueError(
+                    f"block {label}: {name}.forward was replaced after the conversion, and is not "
+                    f"called; {_AGAIN}"
                 )
         for name in self.bypassed:
             part = _part(block, name)

@@ -49,6 +49,9 @@ def guards_of(
         types=types,
         questions=None if asked is None else GraphCode(asked[0], "questions"),
         answers=frozenset() if asked is None else frozenset((asked[1],)),
+        unpatched=tuple(
+            name for name in traced.entered if "forward" not in vars(block.get_submodule(name))
+        ),
         twice=_statistics_twice(traced, generated),
         knows_autocast=traced.knows_autocast,
     )

@@ -324,7 +324,12 @@ def attention_of(model: Any) -> None:
     model.blocks[1].attn = type("Other", (nn.Linear,), {})(DIM, DIM)
 
 
-@pytest.mark.parametrize("change", [scale_of, drop_of, eps_of, norm_of, attention_of])
+def forward_of(model: Any) -> None:
+    attention = model.blocks[1].attn
+    attention.forward = lambda x: UserAttention.forward(attention, x) * 0.5
+
+
+@pytest.mark.parametrize("change", [forward_of, scale_of, drop_of, eps_of, norm_of, attention_of])
 def test_what_is_changed_after_the_conversion_is_taken_or_named(change: Any) -> None:
     dense = UserModel().train()
     converted = finest(dense)
