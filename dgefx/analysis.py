@@ -41,7 +41,7 @@ from dgefx.passes.twins import Twins
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
 from dgefx.passes.verify_more import verify_gradients, verify_images, verify_type
 from dgefx.passes.worlds import Refused
-from dgefx.precision import floating_type, full_float32, in_float64
+from dgefx.precision import floating_type, full_float32, in_float64, in_type
 from dgefx.report import BlockReport, Report
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -217,7 +217,7 @@ def _computed_tensor(model: nn.Module) -> str:
 
 def working_copy(model: nn.Module) -> nn.Module:
     """A copy in `working_dtype` and eval mode, without gradients. Hooks stay, as parts of it."""
-    return deep_copy(model).to(working_dtype()).eval().requires_grad_(False)
+    return in_type(deep_copy(model), working_dtype()).eval().requires_grad_(False)
 
 
 def install(

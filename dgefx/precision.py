@@ -23,6 +23,12 @@ def in_float64(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
 
 
+def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` itself with its floating point tensors in this type. `module.to(dtype)` would cast
+    complex ones (rotary tables) too."""
+    return module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
 def floating_type(module: nn.Module) -> torch.dtype:
     """The type of a module's first floating point parameter; float32 without any."""
     types = (p.dtype for p in module.parameters() if p.is_floating_point())

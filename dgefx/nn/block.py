@@ -24,7 +24,7 @@ from dgefx.nn.methods import refused_methods
 from dgefx.nn.router import Router
 from dgefx.nn.symbolic import as_leaf, is_symbolic
 
-_SHARED_PREFIX = "_dge_"
+_MACHINERY = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
 
 class Constants(nn.Module):
@@ -38,10 +38,11 @@ class Constants(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Constants:
         """They go to other devices, and stay of the type that they are of in the dense block, where
         `half()` does not see them either."""
-        types = {name: value.dtype for name, value in self.named_buffers()}
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, dtype in types.items():
-            setattr(self, name, self.get_buffer(name).to(dtype))
+        for name, value in before.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(self.get_buffer(name).device))
         return self
 
 
@@ -149,7 +150,7 @@ class DGEBlock(nn.Module):
 
     def dense_block(self) -> nn.Module:
         """The block this one was made from, sharing its parameters, in this one's mode and
-        checkpointed as this one is.
+        checkpointed as this one is, with what was set on this one since.
 
         Raises:
             ValueError: this one is sharded, which the dense block knows nothing of.
@@ -160,10 +161,13 @@ class DGEBlock(nn.Module):
                 f"weights into an unsharded converted model and revert that"
             )
         (dense,) = self._dge_dense
+        own = vars(dense)
+        for name in {*own, *plain_values(type(dense)), SWITCH, FUNCTION} - _MACHINERY:
+            if name in self.__dict__ and self.__dict__[name] is not getattr(dense, name, None):
+                own[name] = self.__dict__[name]
         dense.training = self.training
-        for name in (SWITCH, FUNCTION):
-            if name in self.__dict__:
-                setattr(dense, name, self.__dict__[name])
+        for name in dense._modules:
+            dense._modules[name] = self._modules.get(name)
         return dense
 
     @property
@@ -204,9 +208,7 @@ class DGEBlock(nn.Module):
             form = self._dge_forms[choose_form(self._dge_specs, args, kwargs)]
         leaves = form.spec.bind(args, kwargs)
         if _is_empty(leaves[form.spec.stream]):
-            (dense,) = self._dge_dense
-            dense.training = self.training
-            return dense.forward(*args, **kwargs)
+            return self.dense_block().forward(*args, **kwargs)
         mode, code = (1, form.train_code) if self.training else (0, form.eval_code)
         form.guards[mode].check(self, form.eval_code.label, leaves[form.spec.stream], leaves)
         return code.run(self, *leaves)

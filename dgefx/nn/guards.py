@@ -30,6 +30,11 @@ _BYPASSED = (
     "queries and for keys and values apart. Hook the block, or the layers inside that README "
     "names; or convert with filter_fn leaving the block dense"
 )
+_DOUBLED = (
+    "dgefx: a hook on {} runs twice in every call of the converted block, for the tokens that keys "
+    "and values come from and for the queries; hook the block, its MLP or the norm before that to "
+    "see one of them"
+)
 _TWICE = (
     "dgefx: {} runs twice in a training step of its converted block, for queries and for keys and "
     "values, and updates its running statistics in both; keep it in eval mode, or the block dense "
@@ -52,21 +57,24 @@ class Guards:
 
     settings: attributes that forward read. kinds: classes of the modules that it went through.
     bypassed: modules whose own forward never runs, so that their hooks do not.
-    types: floating types in which it branches as it was traced. questions: code that answers all
-    its branches on sizes, of the inputs of the generated code; answers: what they were where it was
-    traced, and on other sizes on which it equals the dense block.
-    knows_autocast: whether it runs otherwise under autocast. twice: modules with running statistics
-    that run for queries and for keys and values. unpatched: modules gone through whose forward is
-    their class's.
+    types: floating types in which it branches as it was traced. device: that it was traced on,
+    where it branches on that. questions: code that answers all its branches on sizes, of the inputs
+    of the generated code; answers: what they were where it was traced, and on other sizes on which
+    it equals the dense block.
+    knows_autocast: whether it runs otherwise under autocast. doubled: modules that run for queries
+    and again for keys and values; twice: those of them with running statistics. unpatched: modules
+    gone through whose forward is their class's.
     """
 
     settings: tuple[Setting, ...] = ()
-    kinds: tuple[tuple[str, type], ...] = ()
+    kinds: tuple[tuple[str, type[Any]], ...] = ()
     bypassed: tuple[str, ...] = ()
     types: frozenset[torch.dtype] = FLOATS
+    device: str | None = None
     questions: GraphCode | None = None
     answers: frozenset[tuple[bool, ...]] = frozenset()
     knows_autocast: bool = False
+    doubled: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
     unpatched: tuple[str, ...] = ()
 
@@ -88,9 +96,16 @@ class Guards:
             names[f"value_{index}"] = setting.value
             terms.append(f"{_path(setting.module)}.{setting.name} == value_{index}")
         for index, (name, kind) in enumerate(self.kinds):
-            names[f"kind_{index}"] = kind
-            terms.append(f"isinstance({_path(name)}, kind_{index})")
+            names[f"kind_{index}"], names[f"forward_{index}"] = kind, kind.forward
+            part = _path(name)
+            # classes that a library derives from it (FSDP2) have its forward
+            derived = (
+                f"isinstance({part}, kind_{index}) and type({part}).forward is forward_{index}"
+            )
+            terms.append(f"(type({part}) is kind_{index} or {derived})")
         for name in self.bypassed:
+            terms += [f"not {_path(name)}.{kept}" for kept in _HOOKS]
+        for name in self.doubled:
             terms += [f"not {_path(name)}.{kept}" for kept in _HOOKS]
         terms += [f"not {_path(name)}.training" for name in self.twice]
         terms += [f"'forward' not in {_path(name)}.__dict__" for name in self.unpatched]
@@ -100,8 +115,8 @@ class Guards:
     def _is_as_traced(self, block: nn.Module) -> bool:
         try:
             return self._holds(block)  # type: ignore[attr-defined]
-        except (AttributeError, KeyError):
-            return False
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # something is gone, or is now of a kind that cannot be compared
 
     def check(self, block: nn.Module, label: str, stream: Tensor, leaves: list[Any]) -> None:
         """Raise ValueError where the call would be computed wrongly, warn of hooks that do not run.
@@ -119,23 +134,30 @@ class Guards:
                 f"{stream.dtype}; convert the model in that type, or keep the block dense by "
                 f"filter_fn"
             )
+        if self.device is not None and stream.device.type != self.device:
+            raise ValueError(
+                f"block {label} decides by the device and was converted on {self.device}, found "
+                f"{stream.device.type}; convert the model there"
+            )
         if self.questions is not None:
             self._ask(label, leaves)
-        if self.knows_autocast and torch.is_autocast_enabled(stream.device.type):
+        kind = stream.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if cast is not None and (self.knows_autocast or cast not in self.types):
             raise ValueError(
-                f"block {label} switches autocast off inside, or asks whether it is on; its "
-                f"converted code does neither: call the model without autocast (in bfloat16, say), "
-                f"or keep the block dense by filter_fn"
+                f"block {label} switches autocast off inside, asks whether it is on, or decides by "
+                f"the floating type; its converted code does not: call the model without autocast "
+                f"(in bfloat16, say), or keep the block dense by filter_fn"
             )
 
     def _explain(self, block: nn.Module, label: str) -> None:
         for setting in self.settings:
             found = getattr(_part(block, setting.module), setting.name, "nothing")
-            if found != setting.value:
+            if type(found) is not type(setting.value) or found != setting.value:
                 raise ValueError(_changed(label, setting, found))
         for name, kind in self.kinds:
             part = _part(block, name)
-            if not isinstance(part, kind):
+            if not isinstance(part, kind) or type(part).forward is not kind.forward:
                 raise ValueError(
                     f"block {label}: {name} was {kind.__name__} when the model was converted, and "
                     f"{type(part).__name__}, which it is now, is not called; {_AGAIN}"
@@ -158,6 +180,9 @@ class Guards:
                     )
             if any(getattr(part, kept) for kept in _HOOKS):
                 _warn(block, name, _BYPASSED.format(f"{label}.{name}"))
+        for name in self.doubled:
+            if any(getattr(_part(block, name), kept) for kept in _HOOKS):
+                _warn(block, name, _DOUBLED.format(f"{label}.{name}"))
         for name in self.twice:
             if _part(block, name).training:
                 _warn(block, name, _TWICE.format(f"{label}.{name}"))

@@ -43,6 +43,8 @@ def is_setting(value: Any) -> bool:
     """Whether a value is compared by what it is: a number, flag, function, or several of them."""
     if isinstance(value, (tuple, list)):
         return all(is_setting(part) for part in value)
+    if isinstance(value, dict):
+        return all(is_setting(part) for part in (*value, *value.values()))
     return isinstance(value, _PLAIN)
 
 
@@ -104,13 +106,20 @@ def _equal(first: Any, second: Any) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
+def _is_shared(name: str, value: Any) -> bool:
+    return not name.startswith("__") and not callable(value) and is_setting(value)
+
+
 def _watching_type(kind: Any, name: str, log: Attributes) -> Any:
     get, put = kind.__getattribute__, kind.__setattr__
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    #: settings that the class keeps for its instances
+    shared = {n for base in bases for n, v in vars(base).items() if _is_shared(n, v)}
 
     def read(self: nn.Module, attribute: str) -> Any:
         value = get(self, attribute)
         own = object.__getattribute__(self, "__dict__")
-        if attribute in own and attribute not in _MACHINERY:
+        if attribute not in _MACHINERY and (attribute in own or attribute in shared):
             return log.read(name, attribute, value)
         return value
 
@@ -150,8 +159,6 @@ def watched(root: nn.Module, log: Attributes) -> Iterator[None]:
     try:
         for name, module in root.named_modules():
             kind = type(module)
-            if kind.__module__.startswith("torch."):
-                continue  # stays a call, or runs nothing of its own
             try:
                 made = _watching_type(kind, name, log)
                 module.__class__ = made

@@ -38,7 +38,7 @@ from dgefx.passes.ops import op_name
 from dgefx.passes.rewrite import BlockPlan, build_block, split_trace
 from dgefx.passes.sizes import agrees, call_at, other_grids
 from dgefx.passes.split import SplitBlock
-from dgefx.passes.trace import Trace, TraceError, copy_block, trace
+from dgefx.passes.trace import Trace, copy_block, trace
 from dgefx.passes.twins import Twins
 from dgefx.passes.verify import grid_shape, verify_block, verify_mixed
 from dgefx.passes.worlds import Refused, block_flow
@@ -181,7 +181,7 @@ class MaskForms:
             try:
                 plan, taken = self._planned(name, mask, shape, grid)
                 self._verify(plan, name, taken, shape)
-            except (Refused, TraceError):  # without it, calls are told which forms there are
+            except Exception:  # without it, calls are told which forms there are
                 continue
             self._keep(plan, {**own, name: taken})
             return True

@@ -72,12 +72,14 @@ class Calls:
         Raises:
             TraceError: at the end, where what was called would be fixed.
         """
-        before = sys.getprofile()
+        before: Any = sys.getprofile()
         sys.setprofile(self._note)
         try:
             yield
         finally:
-            sys.setprofile(before)
+            sys.setprofile(before if callable(before) else None)
+            if hasattr(before, "enable"):  # cProfile's, which Python 3.11 cannot set again
+                before.enable()
         if self._refused:
             raise TraceError(self._refused)
 

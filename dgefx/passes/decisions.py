@@ -74,9 +74,22 @@ class Decisions:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def asks_device(self) -> bool:
+        """Whether a branch follows the device."""
+        return self._asked("device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device")
+
+    def _asked(self, *names: str) -> bool:
+        """Whether a branch follows one of these attributes or methods of a tensor."""
+        behind = (n for branch in self.branches for n in _size_sources(branch, self.values))
+        return any(
+            (n.target is getattr and n.args[1] in names)
+            or (n.op == "call_method" and n.target in names)
+            for n in behind
+        )
+
     def types(self) -> frozenset[torch.dtype]:
         """The floating types in which every branch is the one that was taken."""
-        if self.fixed:
+        if self.fixed or self._asked("type", "element_size", "itemsize", "nbytes"):
             return frozenset((self.base,))
         return frozenset(
             dtype

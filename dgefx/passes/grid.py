@@ -208,7 +208,7 @@ class GridFinder:
                 return _Parts(source)
             if "index" in source.meta:
                 return source.meta["index"].cpu()
-            return torch.full((1,), -1).expand(source.meta["shape"])
+            return torch.full(source.meta["shape"], -1)
 
         if op_name(node) == "getitem" and "shape" not in node.args[0].meta:  # type: ignore[union-attr]
             parts = node.args[0]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dgefx.nn.grid_shape import Size
 from dgefx.nn.image_hook import first_image, grids_of
@@ -54,18 +54,23 @@ def watching_sizes(model: nn.Module, call: Call, blocks: set[str]) -> Iterator[S
     begun: set[str] = set()
     handles = []
     for name, module in model.named_modules():
+        told = sizes if _keeps_hooks(module) else Sizes({}, {})
 
-        def enter(_m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+        def enter(
+            _m: nn.Module, args: Any, kwargs: Any, name: str = name, told: Sizes = told
+        ) -> None:
             calls[name] += 1
             begun.update({name} & blocks)
             image = None if begun else first_image(args, kwargs)
             if image is not None and (size := (image.shape[2], image.shape[3])) in wanted:
-                sizes.images[name] = size
+                told.images[name] = size
 
-        def leave(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
+        def leave(
+            _m: nn.Module, _a: Any, output: Any, name: str = name, told: Sizes = told
+        ) -> None:
             plane = isinstance(output, Tensor) and output.dim() == 4
             size = (output.shape[2], output.shape[3]) if plane else None
-            sizes.outputs.setdefault(name, set()).add(size)
+            told.outputs.setdefault(name, set()).add(size)
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
@@ -105,6 +110,14 @@ def find_sources(
             image = images[grid]
         found[name] = dataclasses.replace(plan, hook_source=source, image_source=image)
     return found
+
+
+def _keeps_hooks(module: nn.Module) -> bool:
+    """Whether copies of a module have its hooks: not those with a state of their own (einops)."""
+    bases = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    state = ("__getstate__", "__setstate__", "__deepcopy__", "__reduce__", "__reduce_ex__")
+    graph = isinstance(module, fx.GraphModule)  # told by a node, see `nn.image_hook`
+    return graph or not any(name in vars(base) for base in bases for name in state)
 
 
 def _is_in(module: str, other: str) -> bool:

@@ -47,11 +47,13 @@ def guards_of(
             if not _has_torch_hooks(block.get_submodule(name))
         ),
         types=types,
+        device=traced.values[stream].device.type if traced.decisions.asks_device() else None,
         questions=None if asked is None else GraphCode(asked[0], "questions"),
         answers=frozenset() if asked is None else frozenset((asked[1],)),
         unpatched=tuple(
             name for name in traced.entered if "forward" not in vars(block.get_submodule(name))
         ),
+        doubled=_doubled(traced, generated),
         twice=_statistics_twice(traced, generated),
         knows_autocast=traced.knows_autocast,
     )
@@ -61,6 +63,15 @@ def _has_torch_hooks(module: nn.Module) -> bool:
     """Whether hooks of PyTorch's own compute its weights (weight norm): the trace holds them."""
     hooks = module._forward_pre_hooks.values()
     return any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def _doubled(traced: Trace, generated: fx.Graph) -> tuple[str, ...]:
+    """Modules that both sides need: called twice, or read for rows by each of them."""
+    held = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    calls = Counter(
+        str(node.target) for node in generated.nodes if node.op in ("call_module", "get_attr")
+    )
+    return tuple(name for name in sorted(held) if calls[name] > 1)
 
 
 def _statistics_twice(traced: Trace, generated: fx.Graph) -> tuple[str, ...]:

@@ -119,6 +119,8 @@ class _Follower:
         return None
 
     def _plain_part(self, numbers: Tensor) -> Part | None:
+        if not numbers.numel():
+            return None
         position, feature = numbers // self.count, numbers % self.count
         batch = None
         tokens: list[tuple[int, int]] = []  # (step, axis)

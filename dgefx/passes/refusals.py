@@ -239,7 +239,7 @@ KINDS: dict[KindName, Kind] = {
     ),
     "decides by type": Kind(
         False,
-        "convert and run the model in float32 (model.float(); autocast is fine), or put what "
+        "convert and run the model in float32 (model.float()), or put what "
         "depends on the type into a module of its own that works on every token alike: it stays a "
         "call",
     ),

@@ -103,7 +103,7 @@ class BlockPlan:
 
     def quiet(self) -> BlockPlan:
         """This plan without warnings, for blocks that are only tried."""
-        return self._guarded(bypassed=(), twice=())
+        return self._guarded(bypassed=(), doubled=(), twice=())
 
     def unasked(self) -> BlockPlan:
         """A quiet plan without its questions about sizes."""
@@ -271,7 +271,7 @@ def plan_block(
             guards_of(block, traces[0], place, evaluated.graph, types),
             guards_of(block, traces[1], place, trained.graph, types),
         ),
-        functions=traces[1].functions,
+        functions=tuple(dict.fromkeys(traces[0].functions + traces[1].functions)),
         numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
         reference=evaluated.reference if first.owner == name else None,
     )

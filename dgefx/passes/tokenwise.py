@@ -23,10 +23,10 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
     """Whether `module`, on tensors like `value`, gives every token what it is alone.
 
     Its output has the token axes of its input and follows a permutation and a selection of the
-    tokens; it may change the number of features, on the last axis or of images on axis 1. False for
-    modules that hand on their input as it is or add to it (a residual add is part of the stream's
-    path), and for affine ones with more features in their output: of fused projections only some
-    rows may be wanted.
+    tokens; it may have fewer features, on the last axis or of images on axis 1. False for modules
+    that hand on their input as it is, add to it or take a softmax (parts of the stream's path and
+    of attention), and where the output has more features: of fused projections only some rows may
+    be wanted.
 
     Args:
         module: of a copy of the model, in the mode it is traced in. value: floating point.
@@ -39,8 +39,9 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
         return any(_is_apart(module, value, axis) for axis in ((last, 1) if last > 2 else (last,)))
 
 
-class _NoAdd(TorchFunctionMode):
-    """Raises where something is added to a module's input itself."""
+class _NoPart(TorchFunctionMode):
+    """Raises where a module is a part of what is looked for in a block: the residual add of its
+    input, or the softmax of attention scores, which treats rows of scores alike."""
 
     def __init__(self, given: Tensor) -> None:
         super().__init__()
@@ -50,6 +51,8 @@ class _NoAdd(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "").strip("_")
+        if name in ("softmax", "exp"):
+            raise ValueError("a softmax")
         if name in ("add", "iadd", "radd") and any(part is self.given for part in args):
             raise ValueError("a residual add")
         return func(*args, **(kwargs or {}))
@@ -73,7 +76,7 @@ def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
 
     def run(given: Tensor) -> Any:
         written = given.clone()
-        with WithoutChance(), _NoAdd(written):
+        with WithoutChance(), _NoPart(written):
             result = module(written)
         if result is written or not torch.equal(written, given):
             raise ValueError("hands on its input, or writes into it")
@@ -93,8 +96,7 @@ def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
             return False
         if module.training and _draws_per_image(module, tokens):
             return False
-        widens = found.shape[features] > tokens.shape[features]
-        return not (widens and _same(run(2 * tokens) - found, found - run(0 * tokens)))
+        return found.shape[features] <= tokens.shape[features]
     except Exception:  # user code may raise anything on another size
         return False
 

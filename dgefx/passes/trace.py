@@ -65,6 +65,8 @@ class ConcolicProxy(fx.Proxy):
         return self.tracer.versions.value(self.node)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__array"):  # numpy looks for these
+            raise AttributeError(name)
         if name in _ASKS_OF_GRADIENTS:
             raise TraceError(f"the block asks for {name} of a value, which a trace would fix")
         if name == "dtype" and self.tracer.decisions.fixed:
@@ -87,6 +89,13 @@ class ConcolicProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.fixed(self))
+
+    def __array__(self, *_types: Any) -> Any:
+        """What `np.sqrt(N)` makes of a size."""
+        value = self.tracer.fixed(self)
+        if not isinstance(value, (int, float)):
+            raise TraceError(f"numpy is given the values of {self.node.name}; use torch")
+        return torch.tensor(value, dtype=torch.float64).numpy()
 
     def __round__(self, digits: int | None = None) -> Any:
         return round(self.tracer.fixed(self), digits)
@@ -173,6 +182,8 @@ class ConcolicTracer(fx.Tracer):
         self._autocast = autocast_state()
         #: modules whose forward was gone through
         self.entered: dict[str, type] = {}
+        #: those of them that do not hand on what they are given
+        self.busy: set[str] = set()
         self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -181,9 +192,10 @@ class ConcolicTracer(fx.Tracer):
             return True
         if self._apart.get(m, False):
             return True
-        if type(m) is nn.Linear:  # also one that was given children, as an adapter in a hook
-            return True
-        return type(m).__module__.startswith("torch.nn") and not any(m.children())
+        if not type(m).__module__.startswith("torch.nn"):
+            return False
+        # also one that was given children, as an adapter in a hook
+        return isinstance(m, nn.Linear) or not any(m.children())
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
         """As that of `fx.Tracer`, but nothing that another thread runs is touched."""
@@ -397,9 +409,14 @@ class ConcolicTracer(fx.Tracer):
             return forward(*args, **kwargs)
         if m not in self._apart and not self.is_leaf_module(m, ""):
             self._apart[m] = self._keeps_tokens_apart(m, args, kwargs)
-        if not self.is_leaf_module(m, ""):
-            self.entered[self.path_of_module(m)] = type(m)
-        return super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, ""):
+            return super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        self.entered[path] = type(m)
+        result = super().call_module(m, forward, args, kwargs)
+        if not args or result is not args[0]:
+            self.busy.add(path)
+        return result
 
     def _keeps_tokens_apart(self, m: nn.Module, args: Any, kwargs: Any) -> bool:
         if kwargs or len(args) != 1 or not isinstance(args[0], fx.Proxy):
@@ -660,7 +677,7 @@ def _has_caches(block: nn.Module, spec: CallSpec) -> bool:
     """
     outputs = []
     for forget in (False, True):
-        probe = shadow(block).eval() or block
+        probe = shadow(block).eval()
         for held in _tensor_dicts(probe) if forget else []:
             held.clear()
         try:
@@ -771,7 +788,12 @@ def _trace_copy(
         tracer.decisions,
         tracer.apart(),
         tracer.entered,
-        attributes.reads,
+        {
+            (module, name): value
+            for (module, name), value in attributes.reads.items()
+            # what a drop path reads in eval mode decides nothing
+            if name == "training" or module not in tracer.entered or module in tracer.busy
+        },
         (*attributes.changed(), *filled),
         calls.functions(),
         calls.asks_grad,

@@ -28,6 +28,7 @@ from dgefx.passes.verify import (
     stream_of,
 )
 from dgefx.passes.worlds import Refused
+from dgefx.precision import in_type
 
 #: of a gradient, relative to its own norm and to that of all of them; float32 inside the block (a
 #: norm that casts) leaves 1e-6 even in float64
@@ -135,12 +136,12 @@ def _both_gradients(
         stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(6)
     )
     try:
-        reference = reference.to(dtype)
+        reference = in_type(reference, dtype)
         other = copy_block(reference)
         wanted = _gradients(reference, reference, plan, call, shape, noise, dtype)
     except (RuntimeError, TypeError, NotImplementedError):
         return None
-    converted = converted_copy(other, plan, config).to(dtype)
+    converted = in_type(converted_copy(other, plan, config), dtype)
     try:
         return _gradients(converted, other, plan, call, shape, noise, dtype), wanted
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -174,6 +175,9 @@ def _gradients(
     stream = noise.to(stream_of(call, plan, shape)).to(dtype).requires_grad_(True)
     wanted["its input"] = stream  # type: ignore[assignment]
     args, kwargs = _in_type(replaced_stream(call, plan, shape, stream), dtype)
+    for index, value in enumerate(pytree.tree_leaves((args, kwargs))):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf:
+            wanted[f"input {index}"] = value.requires_grad_(True)  # type: ignore[assignment]
     with torch.enable_grad(), WithoutChance():
         output = output_tensors(module(*args, **kwargs))[0]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
@@ -221,7 +225,7 @@ def verify_type(
         )
     if dtype is working_dtype():
         return
-    reference = copy_block(dense).eval().to(dtype)
+    reference = in_type(copy_block(dense).eval(), dtype)
     noise = torch.randn(
         stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(8)
     )
@@ -234,7 +238,7 @@ def verify_type(
         except (RuntimeError, TypeError, NotImplementedError):  # not on this device
             return
         args, kwargs = _in_type(probe, dtype)
-        converted = converted_copy(copy_block(reference), plan, config).to(dtype)
+        converted = in_type(converted_copy(copy_block(reference), plan, config), dtype)
         try:
             found = output_tensors(converted(*args, **kwargs))[0]
         except (RuntimeError, TypeError, ValueError) as failed:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 import dgefx
@@ -329,7 +330,41 @@ def forward_of(model: Any) -> None:
     attention.forward = lambda x: UserAttention.forward(attention, x) * 0.5
 
 
-@pytest.mark.parametrize("change", [forward_of, scale_of, drop_of, eps_of, norm_of, attention_of])
+def part_of(model: Any) -> None:
+    model.blocks[1].attn.drops.p = 0.5
+
+
+def class_setting_of(model: Any) -> None:
+    model.blocks[1].attn.gain = 0.5
+
+
+def subclass_of(model: Any) -> None:
+    class Halved(UserAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.5
+
+    model.blocks[1].attn = Halved()
+
+
+def tensor_of(model: Any) -> None:
+    model.blocks[1].attn.scale = torch.linspace(0.1, 1, DIM // 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        part_of,
+        class_setting_of,
+        subclass_of,
+        tensor_of,
+        forward_of,
+        scale_of,
+        drop_of,
+        eps_of,
+        norm_of,
+        attention_of,
+    ],
+)
 def test_what_is_changed_after_the_conversion_is_taken_or_named(change: Any) -> None:
     dense = UserModel().train()
     converted = finest(dense)
@@ -355,6 +390,60 @@ def test_a_part_in_another_mode_is_named() -> None:
     converted.eval()
     dense.eval()
     assert error(converted(X), dense(X)) < 1e-5
+
+
+class Scores(nn.Module):
+    """Treats rows of scores alike, as an MLP does tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().softmax(-1)
+
+
+class SoftmaxModule(UserAttention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = Scores()
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = self.softmax(q * self.scale @ k.transpose(-2, -1))
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def test_a_softmax_in_a_module_of_its_own_is_attention() -> None:
+    dense = UserModel().eval()
+    for block in dense.blocks:
+        block.attn = SoftmaxModule().eval()
+    assert error(finest(dense)(X), dense(X)) < 1e-5
+
+
+def test_reverting_keeps_what_was_set_since() -> None:
+    model = finest(Telling(Told).eval(), images(2, (64, 96)))
+    other = images(2, (96, 64))
+    wanted = model(other)
+    for block in model.blocks:
+        block.mlp = nn.Identity()
+    assert error(model(other), wanted) > 1e-3
+    assert error(dgefx.revert(model)(other), model(other)) < 1e-5
+
+
+def test_settings_of_a_drop_path_are_free_in_eval_mode() -> None:
+    class Path(UserBlock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.path = DropPath(0.5)
+
+        def change(self, h: Tensor) -> Tensor:
+            return self.path(h)
+
+    dense = UserModel(Path).eval()
+    converted = finest(dense)
+    for block in converted.blocks:
+        block.path.drop_prob = 0.0
+    assert error(converted(X), dense(X)) < 1e-5
+    with pytest.raises(ValueError, match=r"path\.drop_prob was 0\.5"):
+        converted.train()(X)
 
 
 # -- branches --------------------------------------------------------------------------------------
@@ -461,10 +550,12 @@ def test_hooks_on_norms_and_fused_projections_and_mlps_fire() -> None:
         model.blocks[0].get_submodule(name).register_forward_hook(  # type: ignore[union-attr]
             lambda _m, _a, _o, name=name: seen.append(name)
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        wanted = UserModel().eval()(X)
-        assert error(model(X), wanted) < 1e-5
+    with pytest.warns(UserWarning, match="runs twice in every call") as told:
+        assert error(model(X), UserModel().eval()(X)) < 1e-5
+    assert sorted(str(w.message).split()[4] for w in told) == [
+        "blocks.0.attn.qkv",
+        "blocks.0.norm1",
+    ]
     assert set(seen) == {"norm1", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1"}
 
 
@@ -484,7 +575,7 @@ def test_hooks_that_change_values_are_kept() -> None:
 def test_a_hook_that_does_not_run_is_told_of_once() -> None:
     model = finest(UserModel().eval())
     model.blocks[0].attn.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
-    with pytest.warns(UserWarning, match=r"a forward hook on blocks\.0\.attn does not run") as told:
+    with pytest.warns(UserWarning, match=r"a hook on blocks\.0\.attn does not run") as told:
         model(X)
         model(X)
     assert len(told) == 1

@@ -21,6 +21,10 @@ class UserAttention(nn.Module):
         super().__init__()
         self.heads, self.scale, self.drop = 2, (DIM // 2) ** -0.5, 0.0
         self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+        self.drops = nn.Dropout(0.0)  # of which only `p` is read, as in timm
+
+    #: of the class
+    gain = 1.0
 
     def change(self, q: Tensor) -> Tensor:
         return q
@@ -30,6 +34,7 @@ class UserAttention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         weights = (self.change(q) * self.scale @ k.transpose(-2, -1)).softmax(-1)
         weights = F.dropout(weights, self.drop, self.training)
+        weights = F.dropout(weights, self.drops.p, self.training) * self.gain
         return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
 
 
