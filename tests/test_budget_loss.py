@@ -59,10 +59,10 @@ def converted(
     name: str = "tiny", gamma: float = 0.7, config: DGEConfig = OPEN
 ) -> tuple[nn.Module, Tensor, nn.Module]:
     dense, x = dense_model(name)
-    model = dgefx.convert(randomise(dense), gamma, example_inputs=x[:2], config=config)
-    for module in model.modules():  # so that train mode routes what eval mode routes
+    for module in dense.modules():  # so that train mode routes what eval mode routes
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
+    model = dgefx.convert(randomise(dense), gamma, example_inputs=x[:2], config=config)
     return model.train(), x, dense
 
 

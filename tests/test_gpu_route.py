@@ -67,10 +67,12 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     return timm.create_model("swin_tiny_patch4_window7_224", **kwargs), images(3, 56)
 
 
-def convert(name: str, config: DGEConfig) -> tuple[nn.Module, Tensor]:
+def convert(name: str, config: DGEConfig, drop_path: bool = True) -> tuple[nn.Module, Tensor]:
     dense, x = build(name)
     torch.manual_seed(1)
     for module in dense.modules():
+        if hasattr(module, "drop_prob") and not drop_path:
+            module.drop_prob = 0.0
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     return dgefx.convert(randomise(dense).eval(), 0.75, example_inputs=x, config=config), x
@@ -234,10 +236,7 @@ def test_the_dense_training_path(name: str, config: str, packing: None) -> None:
         "linear": DGEConfig(router="linear"),
         "open": DGEConfig(router="linear", budget="average", capacity=None),
     }
-    model, x = convert(name, configs[config])
-    for module in model.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0
+    model, x = convert(name, configs[config], drop_path=False)
     found = []
     for path in ("sparse", "dense"):
         set_gates(model, path=path)

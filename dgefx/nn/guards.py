@@ -178,10 +178,10 @@ class Guards:
                         f"call; make them plain ones, with torch.nn.utils.prune.remove(module, "
                         f"name) after pruning, or do it before dgefx.convert"
                     )
-            if any(getattr(part, kept) for kept in _HOOKS):
+            if _has_hooks(part):
                 _warn(block, name, _BYPASSED.format(f"{label}.{name}"))
         for name in self.doubled:
-            if any(getattr(_part(block, name), kept) for kept in _HOOKS):
+            if _has_hooks(_part(block, name)):
                 _warn(block, name, _DOUBLED.format(f"{label}.{name}"))
         for name in self.twice:
             if _part(block, name).training:
@@ -201,8 +201,8 @@ class Guards:
             sizes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves]
             raise ValueError(
                 f"block {label} decides by the size of its input, and for {sizes} otherwise than "
-                f"on any size that it was compared with the dense block on; convert with "
-                f"example_inputs of this size"
+                f"on any size that it was compared with the dense block on; convert() the model "
+                f"at this image size"
             )
 
 
@@ -232,6 +232,13 @@ def _changed(label: str, setting: Setting, found: Any) -> str:
         f"block {label}: {where} was {setting.value!r} when the model was converted and is "
         f"{found!r} now, which its converted code does not read; {_AGAIN}"
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that are not this library's own, as calibration's are."""
+    hooks = (hook for kept in _HOOKS for hook in getattr(module, kept).values())
+    owners = (getattr(hook, "func", hook) for hook in hooks)
+    return any(not str(owner.__module__).startswith("dgefx.") for owner in owners)
 
 
 def _warn(block: nn.Module, name: str, text: str) -> None:

@@ -68,9 +68,9 @@ def told_sizes(block: nn.Module, grid: tuple[int, int]) -> dict[tuple[str, str],
 
 @dataclass
 class Attributes:
-    """reads: settings by (module, attribute), as they were first read. writes: the first value that
-    forward set, by the same. `reading` says whether the code that runs is the traced one, `live`
-    what it gets for attributes that stay reads in the traced graph."""
+    """reads: settings by (module, attribute), as they were first read. writes: by the same, the
+    values before and after forward set it. `reading` says whether the code that runs is the traced
+    one, `live` what it gets for attributes that stay reads in the traced graph."""
 
     reading: Callable[[], bool]
     live: Callable[[str, str, Any], Any]
@@ -91,7 +91,8 @@ class Attributes:
     def write(self, module: str, name: str, before: Any, value: Any) -> None:
         """Note a write."""
         if self.reading():
-            self.writes.setdefault((module, name), (before, value))
+            first, _ = self.writes.get((module, name), (before, value))
+            self.writes[module, name] = (first, value)
 
     def changed(self) -> list[str]:
         """Names of attributes that forward gave another value than they had."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from dgefx.kernels.layout import has_parts
 from dgefx.passes.chance import WithoutChance
@@ -35,18 +36,19 @@ _UNINITIALISED = frozenset({"new_empty", "empty_like", "empty"})
 
 def randomise_constants(module: nn.Module) -> None:
     """Add noise, in place, to parameters that are constant (zeros, ones, layer scales of 1e-6), and
-    to what is as good as zero in others (kernels that pass their input on).
+    to what is as good as zero in convolutions' kernels (that pass their input on).
 
     They would hide from the oracle, and from verification, what they multiply.
     """
     generator = torch.Generator().manual_seed(0)
+    kernels = {id(m.weight) for m in module.modules() if isinstance(m, _ConvNd)}
     with torch.no_grad():
         for parameter in module.parameters():
             # quantised weights and the like are tensors of their own kind, and no constants
             plain = type(parameter.data) is Tensor
             if plain and parameter.is_floating_point() and parameter.numel():
                 size = parameter.abs()
-                hides = size <= 1e-6 * size.max()
+                hides = (size <= 1e-6 * size.max()) & (id(parameter) in kernels)
                 if parameter.max() - parameter.min() <= 1e-3 * size.max():
                     hides.fill_(True)
                 if bool(hides.any()):

@@ -429,9 +429,9 @@ class ConcolicTracer(fx.Tracer):
                 part.inplace = True  # type: ignore[assignment]
             return isinstance(value, Tensor) and keeps_tokens_apart(m, value)
         finally:
-            self.executing = False
             for part in inside:
                 part.inplace = False  # type: ignore[assignment]
+            self.executing = False
 
     def stop_gradients(self, graph: fx.Graph) -> None:
         """Detach what the block made under `torch.no_grad()` where it is used outside of it."""
@@ -750,11 +750,10 @@ def _trace_copy(
     calls = Calls(lambda: not tracer.executing)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(grad):
-        kept, caches = containers(root), set()
+        kept = containers(root)
         if _tensor_dicts(root) and _has_caches(block, spec):
             for held in _tensor_dicts(root):
                 held.clear()
-                caches |= {name for name, pair in kept.items() if pair[0] is held}
         with (
             wrapped_functions(root, opaque),
             _KeepRandom(tracer),
@@ -766,7 +765,8 @@ def _trace_copy(
     filled = [
         name
         for name, (held, count) in kept.items()
-        if tracer.holds_data(held) or (len(held) != count and name not in caches)
+        # a dictionary of what is made of parameters alone is a cache
+        if tracer.holds_data(held) or (len(held) != count and not isinstance(held, dict))
     ]
     _drop_unread(graph)
     names = {n for n, _ in root.named_parameters(remove_duplicate=False)}

@@ -178,7 +178,9 @@ def _gradients(
     for index, value in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf:
             wanted[f"input {index}"] = value.requires_grad_(True)  # type: ignore[assignment]
-    with torch.enable_grad(), WithoutChance():
+    random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with torch.enable_grad(), WithoutChance(), random:
+        torch.manual_seed(0)  # `nn.MultiheadAttention` has chance of its own
         output = output_tensors(module(*args, **kwargs))[0]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
         loss = (output * weights.to(output)).sum()

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -350,21 +351,21 @@ def tensor_of(model: Any) -> None:
     model.blocks[1].attn.scale = torch.linspace(0.1, 1, DIM // 2)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        part_of,
-        class_setting_of,
-        subclass_of,
-        tensor_of,
-        forward_of,
-        scale_of,
-        drop_of,
-        eps_of,
-        norm_of,
-        attention_of,
-    ],
-)
+LATER = [
+    part_of,
+    class_setting_of,
+    subclass_of,
+    tensor_of,
+    forward_of,
+    scale_of,
+    drop_of,
+    eps_of,
+    norm_of,
+    attention_of,
+]
+
+
+@pytest.mark.parametrize("change", LATER)
 def test_what_is_changed_after_the_conversion_is_taken_or_named(change: Any) -> None:
     dense = UserModel().train()
     converted = finest(dense)
@@ -444,6 +445,48 @@ def test_settings_of_a_drop_path_are_free_in_eval_mode() -> None:
     assert error(converted(X), dense(X)) < 1e-5
     with pytest.raises(ValueError, match=r"path\.drop_prob was 0\.5"):
         converted.train()(X)
+
+
+def by_numpy(h: Tensor) -> Tensor:
+    side = int(np.sqrt(h.shape[1]))
+    return h.unflatten(1, (side, side)).flatten(1, 2)
+
+
+def test_numbers_that_numpy_makes_of_sizes() -> None:
+    dense = UserModel(with_change("", by_numpy)).eval()
+    assert error(finest(dense)(X), dense(X)) < 1e-5
+
+
+def test_indices_of_no_axis_in_front_of_the_blocks() -> None:
+    class Chosen(UserModel):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.stack([x, x], 0)[torch.tensor(0)])
+
+    dense = Chosen().eval()
+    assert error(finest(dense)(X), dense(X)) < 1e-5
+
+
+class Rotary(UserAttention):
+    """A complex table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(64.0), torch.rand(DIM // 4))
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+    def change(self, q: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(q.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * self.turns).flatten(-2)
+
+
+def test_complex_tables_stay_complex() -> None:
+    dense = UserModel().eval()
+    for block in dense.blocks:
+        block.attn = Rotary().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted = finest(dense)
+    assert error(converted(X), dense(X)) < 1e-5
 
 
 # -- branches --------------------------------------------------------------------------------------
