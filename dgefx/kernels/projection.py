@@ -21,11 +21,12 @@ def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
 
     Args:
         layer: an `nn.Linear`, of which only these rows are computed; one with hooks (some compute
-            its weight, as pruning does), or what was put into its place after the conversion (an
+            its weight, as pruning does) or a forward of its own, or what was put into its place after the conversion (an
             adapter, a quantised layer), is called.
         x: (..., C).
     """
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    if type(layer) is not nn.Linear or hooked:
         projected: Tensor = layer(x)
         return projected[..., start:stop]
     bias = None if layer.bias is None else weight_rows(layer.bias, start, stop)

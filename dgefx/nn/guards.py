@@ -63,7 +63,7 @@ class Guards:
     it equals the dense block.
     knows_autocast: whether it runs otherwise under autocast. doubled: modules that run for queries
     and again for keys and values; twice: those of them with running statistics. unpatched: modules
-    gone through whose forward is their class's.
+    gone through whose forward is their class's. aliases: pairs of names of one module.
     """
 
     settings: tuple[Setting, ...] = ()
@@ -77,6 +77,7 @@ class Guards:
     doubled: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
     unpatched: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_holds", self._compiled())
@@ -109,6 +110,7 @@ class Guards:
             terms += [f"not {_path(name)}.{kept}" for kept in _HOOKS]
         terms += [f"not {_path(name)}.training" for name in self.twice]
         terms += [f"'forward' not in {_path(name)}.__dict__" for name in self.unpatched]
+        terms += [f"{_path(one)} is {_path(other)}" for one, other in self.aliases]
         made: Callable[[nn.Module], bool] = eval(f"lambda block: {' and '.join(terms)}", names)
         return made
 
@@ -161,6 +163,12 @@ class Guards:
                 raise ValueError(
                     f"block {label}: {name} was {kind.__name__} when the model was converted, and "
                     f"{type(part).__name__}, which it is now, is not called; {_AGAIN}"
+                )
+        for name, other in self.aliases:
+            if _part(block, name) is not _part(block, other):
+                raise ValueError(
+                    f"block {label}: {name} and {other} were one module when it was converted and "
+                    f"are two now, of which its converted code calls one for both; {_AGAIN}"
                 )
         for name in self.unpatched:
             if "forward" in vars(_part(block, name)):

@@ -42,9 +42,9 @@ _MISSING = object()
 def is_setting(value: Any) -> bool:
     """Whether a value is compared by what it is: a number, flag, function, or several of them."""
     if isinstance(value, (tuple, list)):
-        return all(is_setting(part) for part in value)
-    if isinstance(value, dict):
-        return all(is_setting(part) for part in (*value, *value.values()))
+        return all(is_setting(part) for part in value) and value != []
+    if isinstance(value, dict):  # an empty one is to be filled
+        return bool(value) and all(is_setting(part) for part in (*value, *value.values()))
     return isinstance(value, _PLAIN)
 
 

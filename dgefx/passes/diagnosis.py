@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dgefx.kernels.layout import to_tokens
 from dgefx.passes.capture import Call, tensors_in
+from dgefx.passes.chance import WithoutChance
 from dgefx.passes.grid import Layout
 from dgefx.passes.refusals import Reason
 from dgefx.passes.trace import copy_block
@@ -28,10 +29,15 @@ def why_unequal(
         block: the dense one, in eval mode; not changed. call, layout, shape: of its example run.
     """
 
-    def run(seed: int, change: Callable[[Tensor], Tensor] = lambda stream: stream) -> Tensor:
+    def run(
+        seed: int,
+        change: Callable[[Tensor], Tensor] = lambda stream: stream,
+        training: bool = False,
+    ) -> Tensor:
         torch.manual_seed(seed)
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: change(t.clone()), call)
-        return tensors_in(copy_block(block)(*args, **kwargs))[0]
+        with WithoutChance():
+            return tensors_in(copy_block(block).train(training)(*args, **kwargs))[0]
 
     def same_everywhere(value: Tensor) -> Tensor:
         if tuple(value.shape) != shape:
@@ -45,18 +51,26 @@ def why_unequal(
 
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-            first = run(1)
-            if not torch.equal(run(2), first):
-                return Reason(
-                    "it draws random numbers in eval mode, for queries others than for tokens",
-                    "draws random numbers",
-                )
+            for training, mode in ((False, "eval"), (True, "train")):
+                if not torch.equal(run(2, training=training), run(1, training=training)):
+                    return Reason(
+                        f"it draws random numbers in {mode} mode, other than for dropout, for "
+                        f"queries others than for tokens",
+                        "draws random numbers",
+                    )
             hooked = [name for name, part in block.named_modules() if name and _has_hooks(part)]
             if hooked:
                 return Reason(
                     f"forward hooks on {', '.join(hooked)} change what it computes, and not every "
                     f"part of a converted block is called",
                     "hooks inside",
+                )
+            same = run(1, lambda t: t[:1].expand_as(t).clone() if tuple(t.shape) == shape else t)
+            if layout.order[0] == "B" and not torch.allclose(same, same[:1], rtol=1e-3, atol=1e-3):
+                return Reason(
+                    "it does to some images what it does not do to others, by their place in the "
+                    "batch",
+                    "tokens by place",
                 )
             tokens = to_tokens(run(1, same_everywhere), layout.order)[:, layout.prefix :]
             spread = (tokens - tokens[:, :1]).norm() / tokens.norm()

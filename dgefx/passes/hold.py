@@ -50,6 +50,7 @@ def guards_of(
         device=traced.values[stream].device.type if traced.decisions.asks_device() else None,
         questions=None if asked is None else GraphCode(asked[0], "questions"),
         answers=frozenset() if asked is None else frozenset((asked[1],)),
+        aliases=_aliases(block),
         unpatched=tuple(
             name for name in traced.entered if "forward" not in vars(block.get_submodule(name))
         ),
@@ -63,6 +64,13 @@ def _has_torch_hooks(module: nn.Module) -> bool:
     """Whether hooks of PyTorch's own compute its weights (weight norm): the trace holds them."""
     hooks = module._forward_pre_hooks.values()
     return any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def _aliases(block: nn.Module) -> tuple[tuple[str, str], ...]:
+    first: dict[nn.Module, str] = {}
+    names = block.named_modules(remove_duplicate=False)
+    pairs = ((first.setdefault(module, name), name) for name, module in names)
+    return tuple((one, other) for one, other in pairs if one != other)
 
 
 def _doubled(traced: Trace, generated: fx.Graph) -> tuple[str, ...]:

@@ -220,7 +220,8 @@ KINDS: dict[KindName, Kind] = {
     ),
     "draws random numbers": Kind(
         False,
-        "let it draw none in eval mode, or in a module of its own that works on every token alike",
+        "let it draw none but for dropout and drop path, or in a module of its own that works on "
+        "every token alike",
     ),
     "hooks inside": Kind(
         False,
