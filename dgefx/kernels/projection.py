@@ -21,8 +21,8 @@ def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
 
     Args:
         layer: an `nn.Linear`, of which only these rows are computed; one with hooks (some compute
-            its weight, as pruning does) or a forward of its own, or what was put into its place after the conversion (an
-            adapter, a quantised layer), is called.
+            its weight, as pruning does) or a forward of its own, or what was put into its place
+            after the conversion (an adapter, a quantised layer), is called.
         x: (..., C).
     """
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
