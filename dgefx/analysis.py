@@ -355,7 +355,9 @@ def _plan_sites(
                 given = (work.get_submodule(site.name), plan, calls[site.name])
                 verify_type(*given, site.stream.meta["shape"], config, types[site.name])
         except Refused as error:
-            known = _why(work, site, calls[site.name]) if error.kind == _FAILED else None
+            known = None
+            if error.kind == _FAILED:
+                known = _why(work, site, calls[site.name], "patch-constant" in str(error))
             site.refuse(known or Reason(str(error), error.kind))
             continue
         except TraceError as error:
@@ -425,10 +427,10 @@ def _plan_site(
     return with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
 
 
-def _why(work: nn.Module, site: Site, call: Call) -> Reason | None:
+def _why(work: nn.Module, site: Site, call: Call, constant: bool) -> Reason | None:
     assert site.layout is not None and site.stream is not None
     block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
-    return why_unequal(block, call, site.layout, shape)
+    return why_unequal(block, call, site.layout, shape, constant)
 
 
 def _require_plans(sites: list[Site], plans: dict[str, BlockPlan], must_convert: bool) -> None:

@@ -115,7 +115,7 @@ def find_sources(
 def _keeps_hooks(module: nn.Module) -> bool:
     """Whether copies of a module have its hooks: not those with a state of their own (einops)."""
     bases = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    state = ("__getstate__", "__setstate__", "__deepcopy__", "__reduce__", "__reduce_ex__")
+    state = ("__getstate__", "__deepcopy__", "__reduce__", "__reduce_ex__")
     graph = isinstance(module, fx.GraphModule)  # told by a node, see `nn.image_hook`
     return graph or not any(name in vars(base) for base in bases for name in state)
 

@@ -395,3 +395,25 @@ def test_graph_modules_and_their_copies(way: Callable[[nn.Module], nn.Module]) -
 def test_revert_takes_the_hooks_away() -> None:
     model = dgefx.revert(dgefx.convert(Model(Cut), 0.7, example_inputs=images(2, 64)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_copies_keep_what_tells_the_grid_beside_layers_of_einops() -> None:
+    """einops' layers have a state of their own, without hooks."""
+    einops_layers = pytest.importorskip("einops.layers.torch")
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            cut = einops_layers.Rearrange("b c (h p) (w q) -> b (h w) (c p q)", p=4, q=4)
+            self.embed = nn.Sequential(cut, nn.Linear(48, 16))
+            self.blocks = nn.Sequential(*(Block(16, "BNC") for _ in range(2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(self.embed(x)).mean(1)
+
+    model = dgefx.convert(randomise(Patches()).eval(), 0.6, example_inputs=images(2, 32))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for size in ((16, 64), (48, 32)):
+            assert torch.equal(copied(images(2, size)), model(images(2, size)))

@@ -223,10 +223,10 @@ class Gained(UserAttention):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.randn(DIM // 2))
+        self.slope = nn.Parameter(torch.randn(DIM // 2))
 
     def change(self, q: torch.Tensor) -> torch.Tensor:
-        return q * self.gain
+        return q * self.slope
 
 
 @torch.no_grad()
@@ -237,8 +237,8 @@ def test_pruned_where_the_block_reads_it() -> None:
     model = dgefx.convert(dense, 1.0, example_inputs=x)
     assert error(model(x), dense(x)) < 1e-5
     for each in (model, dense):
-        prune.l1_unstructured(each.blocks[0].attn, "gain", 0.5)
-        each.blocks[0].attn.gain_orig.mul_(1.5)
+        prune.l1_unstructured(each.blocks[0].attn, "slope", 0.5)
+        each.blocks[0].attn.slope_orig.mul_(1.5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for call in (model, compiled):
         with pytest.raises(
@@ -247,7 +247,7 @@ def test_pruned_where_the_block_reads_it() -> None:
             call(x)
     torch._dynamo.reset()
     for each in (model, dense):
-        prune.remove(each.blocks[0].attn, "gain")
+        prune.remove(each.blocks[0].attn, "slope")
     assert error(model(x), dense(x)) < 1e-5
 
 
