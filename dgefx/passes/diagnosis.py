@@ -6,6 +6,7 @@ the difference.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,8 @@ def why_unequal(
     ) -> Tensor:
         torch.manual_seed(seed)
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: change(t.clone()), call)
-        with WithoutChance():
+        # in train mode chance is expected, as far as it is known
+        with WithoutChance() if training else contextlib.nullcontext():
             return tensors_in(copy_block(block).train(training)(*args, **kwargs))[0]
 
     def same_everywhere(value: Tensor) -> Tensor:
@@ -59,7 +61,8 @@ def why_unequal(
                         f"queries others than for tokens",
                         "draws random numbers",
                     )
-            hooked = [name for name, part in block.named_modules() if name and _has_hooks(part)]
+            parts = block.named_modules()
+            hooked = [name or "the block itself" for name, part in parts if _has_hooks(part)]
             if hooked:
                 return Reason(
                     f"forward hooks on {', '.join(hooked)} change what it computes, and not every "
