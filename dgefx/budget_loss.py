@@ -23,8 +23,6 @@ from dgefx.modes import evaluating
 from dgefx.passes.cost import count_macs
 from dgefx.record import Record, conversion_record, converted_blocks, unwrap
 
-unwrap_all = unwrap
-
 
 def budget_loss(
     model: nn.Module, gamma: float | None = None, *, group: dist.ProcessGroup | None = None
@@ -59,7 +57,7 @@ def budget_loss(
         TypeError, ValueError: not a converted model, gamma out of range, a block in eval mode, or
             no forward in train mode with gradients before.
     """
-    inner = unwrap_all(model)
+    inner = unwrap(model)
     record = conversion_record(inner)
     target = record.gamma if gamma is None else check_gamma(gamma)
     ratio = asked_ratio(inner, record)
@@ -129,7 +127,7 @@ def measured_ratio(
     Raises:
         TypeError, ValueError: not a converted model, or unusable images.
     """
-    inner = unwrap_all(model)
+    inner = unwrap(model)
     record = conversion_record(inner)
     example = example_of(inner, record)
     calls = CalibrationCalls.of(inner, example, images, max_images, batch_size, "measured_ratio")

@@ -36,6 +36,7 @@ def guards_of(
         str(node.target).rpartition(".")[0] for node in generated.nodes if node.op == "get_attr"
     }
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    doubled = _doubled(called, generated)
     return Guards(
         settings=tuple(
             Setting(module, name, value) for (module, name), value in traced.settings.items()
@@ -54,8 +55,12 @@ def guards_of(
         unpatched=tuple(
             name for name in traced.entered if "forward" not in vars(block.get_submodule(name))
         ),
-        doubled=_doubled(traced, generated),
-        twice=_statistics_twice(traced, generated),
+        doubled=doubled,
+        twice=tuple(
+            name
+            for name in doubled
+            if traced.root.training and _keeps_statistics(traced.root.get_submodule(name))
+        ),
         knows_autocast=traced.knows_autocast,
     )
 
@@ -73,28 +78,18 @@ def _aliases(block: nn.Module) -> tuple[tuple[str, str], ...]:
     return tuple((one, other) for one, other in pairs if one != other)
 
 
-def _doubled(traced: Trace, generated: fx.Graph) -> tuple[str, ...]:
-    """Modules that both sides need: called twice, or read for rows by each of them."""
-    held = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+def _doubled(called: set[str], generated: fx.Graph) -> tuple[str, ...]:
+    """Those of the modules called in a trace that both sides need: called twice, or read for rows
+    by each of them."""
     calls = Counter(
         str(node.target) for node in generated.nodes if node.op in ("call_module", "get_attr")
     )
-    return tuple(name for name in sorted(held) if calls[name] > 1)
+    return tuple(name for name in sorted(called) if calls[name] > 1)
 
 
-def _statistics_twice(traced: Trace, generated: fx.Graph) -> tuple[str, ...]:
-    if not traced.root.training:
-        return ()
-    called = Counter(str(node.target) for node in generated.nodes if node.op == "call_module")
-    return tuple(
-        name
-        for name, count in called.items()
-        if count > 1
-        and any(
-            isinstance(part, _NormBase) and part.track_running_stats
-            for part in traced.root.get_submodule(name).modules()
-        )
-    )
+def _keeps_statistics(module: nn.Module) -> bool:
+    parts = (part for part in module.modules() if isinstance(part, _NormBase))
+    return any(part.track_running_stats for part in parts)
 
 
 def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:

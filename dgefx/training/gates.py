@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dgefx.budget_loss import unwrap_all
 from dgefx.calibrate import check_gamma, set_budget
 from dgefx.nn.gate import Gate, Path
-from dgefx.record import conversion_record, converted_blocks
+from dgefx.record import conversion_record, converted_blocks, unwrap
 from dgefx.training.checks import check_number
 
 _PATHS = ("sparse", "dense")
@@ -27,7 +26,7 @@ def gates_of(model: nn.Module) -> dict[str, Gate]:
     Args:
         model: may be wrapped by torch.compile and DistributedDataParallel.
     """
-    inner = unwrap_all(model)
+    inner = unwrap(model)
     blocks = converted_blocks(inner, conversion_record(inner))
     gates = {name: block.dge_router.gate for name, block in blocks.items()}
     return {name: gate for name, gate in gates.items() if gate is not None}
@@ -35,7 +34,7 @@ def gates_of(model: nn.Module) -> dict[str, Gate]:
 
 def _check_dense_path(model: nn.Module) -> None:
     """Batch norms would take statistics over granularities that were not chosen."""
-    inner = unwrap_all(model)
+    inner = unwrap(model)
     for name, block in converted_blocks(inner, conversion_record(inner)).items():
         norms = [n for n, m in block.named_modules() if isinstance(m, _BatchNorm)]
         if norms and block.dge_router.gate is not None:
@@ -183,7 +182,7 @@ class GateSchedule:
             TypeError, ValueError: not a converted model, or gamma under its floor. The model is
                 unchanged then.
         """
-        inner = unwrap_all(model)
+        inner = unwrap(model)
         record = conversion_record(inner)
         held = record.config.capacity is not None
         if self.gamma < record.report.floor:

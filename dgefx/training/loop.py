@@ -20,9 +20,9 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dgefx.budget_loss import asked_ratio, unwrap_all
+from dgefx.budget_loss import asked_ratio
 from dgefx.convert import report
-from dgefx.record import conversion_record
+from dgefx.record import conversion_record, unwrap
 from dgefx.training.given import (
     check_functions,
     check_gate_schedule,
@@ -212,7 +212,7 @@ class _Step:
         }
         if isinstance(self.task, FinetuneTask):
             # not `task.ratio`, which waits for the device
-            inner = unwrap_all(self.task.trainable_module)
+            inner = unwrap(self.task.trainable_module)
             asked = asked_ratio(inner, conversion_record(inner))
             if asked is not None:
                 found = {"ratio": asked.detach(), **found}
@@ -226,7 +226,7 @@ class _Step:
     def _held_ratio(self, task: FinetuneTask) -> float:
         """Ratio of a model whose budget holds by construction; changes with gamma alone."""
         if self.held is None or self.held[0] != task.gamma:
-            self.held = task.gamma, report(unwrap_all(task.trainable_module)).ratio
+            self.held = task.gamma, report(unwrap(task.trainable_module)).ratio
         return self.held[1]
 
     def _lr(self) -> float:

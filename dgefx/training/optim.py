@@ -13,8 +13,8 @@ from typing import Any
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from dgefx.budget_loss import unwrap_all
 from dgefx.nn.router import Router
+from dgefx.record import unwrap
 from dgefx.training.checks import check_number
 from dgefx.training.shard import reshard
 
@@ -60,7 +60,7 @@ def param_groups(
     decay = check_number("weight_decay", weight_decay)
     scale = check_number("gate_lr_scale", gate_lr_scale, positive=True)
     base = None if lr is None else check_number("lr", lr, positive=True)
-    inner = unwrap_all(model)
+    inner = unwrap(model)
     reshard(inner)
     exempt: Collection[str] = getattr(inner, "no_weight_decay", set)()
     if layer_decay is None:

@@ -15,10 +15,10 @@ from timm.task.classification import resolve_classification_loss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dgefx.budget_loss import asked_ratio, budget_loss, unwrap_all
+from dgefx.budget_loss import asked_ratio, budget_loss
 from dgefx.calibration.distance import Kind, compared, distance, logits_of, reference
 from dgefx.convert import report, revert
-from dgefx.record import conversion_record, converted_blocks
+from dgefx.record import conversion_record, converted_blocks, unwrap
 from dgefx.training.checks import check_number
 from dgefx.training.gates import GateSchedule
 from dgefx.training.given import described, scalar
@@ -165,13 +165,13 @@ class FinetuneTask(TrainingTask):
         """What is aimed at: the schedule's gamma at its step, without one the model's."""
         if self._aim is not None:
             return self._aim
-        return conversion_record(unwrap_all(self.trainable_module)).gamma
+        return conversion_record(unwrap(self.trainable_module)).gamma
 
     @property
     def ratio(self) -> float:
         """MAC ratio of the last training forward: of what the gates asked for, by the blocks'
         measured costs; where the budget holds by construction the report's."""
-        inner = unwrap_all(self.trainable_module)
+        inner = unwrap(self.trainable_module)
         asked = asked_ratio(inner, conversion_record(inner))
         return report(inner).ratio if asked is None else float(asked.detach())
 
@@ -197,7 +197,7 @@ class FinetuneTask(TrainingTask):
         Corrections of blocks that are at their finest are not used: with corrections
         `find_unused_parameters` is on, unless told otherwise.
         """
-        inner = unwrap_all(self.trainable_module)
+        inner = unwrap(self.trainable_module)
         blocks = converted_blocks(inner, conversion_record(inner))
         if any(block.dge_router.correction is not None for block in blocks.values()):
             ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -263,7 +263,7 @@ class FinetuneTask(TrainingTask):
     def _teacher_input(self, input: Any) -> Any:
         if not isinstance(self.teacher, DistillationTeacher) or not isinstance(input, Tensor):
             return input
-        cfg = getattr(unwrap_all(self.trainable_module), "pretrained_cfg", None)
+        cfg = getattr(unwrap(self.trainable_module), "pretrained_cfg", None)
         if not cfg:
             return input
         mean, std = (
