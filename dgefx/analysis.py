@@ -402,20 +402,12 @@ def _plan_site(
     if plan.twin and plan.twin not in plans and not plan.exact_at_any_level:
         plan = plan_block(*given)  # its coarse levels were not compared where its graph comes from
     try:
-        passed = plan.copy_of in plans and plan.runs_like(plans[plan.copy_of])
-        verify_block(block, plan, call, shape, config, twin_passed=passed)
-        if not passed:
-            verify_gradients(block, plan, call, shape, config)
-            if plan.numbers_images:
-                verify_images(block, plan, call, shape, config)
+        _verify_once(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
     except Exception:
         if set(plan.owners) == {site.name}:
             raise
         plan = plan_block(*given)
-        verify_block(block, plan, call, shape, config)
-        verify_gradients(block, plan, call, shape, config)
-        if plan.numbers_images:
-            verify_images(block, plan, call, shape, config)
+        _verify_once(block, plan, call, shape, config, twins)
     plan = dataclasses.replace(plan, reference=None)
     first = twins.bound.get(plan.eval_key)
     if first is not None and first.costs_like(plan):
@@ -425,6 +417,32 @@ def _plan_site(
         if plan.eval_key is not None:
             twins.bound[plan.eval_key] = plan
     return with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
+
+
+def _verify_once(
+    block: nn.Module,
+    plan: BlockPlan,
+    call: Call,
+    shape: tuple[int, ...],
+    config: DGEConfig,
+    twins: Twins,
+    first: BlockPlan | None = None,
+) -> None:
+    """Verify a block in all that was not verified for those before it.
+
+    Args:
+        first: the plan of a block that differs in its parameters only, if any.
+    """
+    passed = first is not None and plan.runs_like(first)
+    verify_block(block, plan, call, shape, config, twin_passed=passed)
+    if passed:
+        return
+    key = plan.gradient_key
+    if key is None or key not in twins.compared:
+        verify_gradients(block, plan, call, shape, config)
+        twins.compared.add(key)
+    if plan.numbers_images:
+        verify_images(block, plan, call, shape, config)
 
 
 def _why(work: nn.Module, site: Site, call: Call, constant: bool) -> Reason | None:

@@ -96,7 +96,8 @@ def plan_from_fractions(grid: Grid, config: DGEConfig, fractions: tuple[float, .
     return Plan((*upper, _last_capacity(grid, config, upper)))
 
 
-def _mixture(costs: list[float], mean: float) -> tuple[float, ...]:
+@functools.lru_cache(maxsize=1024)
+def _mixture(costs: tuple[float, ...], mean: float) -> tuple[float, ...]:
     """The maximum-entropy mixture of levels with the given mean cost per region.
 
     Without data nothing is known of how detail is spread over an image; this is the mixture that
@@ -107,7 +108,8 @@ def _mixture(costs: list[float], mean: float) -> tuple[float, ...]:
         exponents = [slope * cost / costs[0] for cost in costs]
         top = max(exponents)
         raw = [math.exp(e - top) for e in exponents]
-        return [r / sum(raw) for r in raw]
+        total = sum(raw)
+        return [r / total for r in raw]
 
     low, high = -400.0, 400.0
     for _ in range(60):
@@ -130,7 +132,7 @@ def plans(grid: Grid, config: DGEConfig) -> tuple[Plan, ...]:
     if config.routing_mode == "layer":
         return tuple(sorted(set(pure), key=lambda plan: plan.slots))
     regions = region_count(grid, config.region_side)
-    costs = [patch_count(grid, side) / regions for side in config.granularities]
+    costs = tuple(patch_count(grid, side) / regions for side in config.granularities)
     # the finest last: where patches hold one token each, it is the only plan
     found = {pure[-1].slots: pure[-1], pure[0].slots: pure[0]}
     if regions <= _FEW_REGIONS:  # mixtures of so few regions leave wide gaps

@@ -83,6 +83,18 @@ class Calls:
         if self._refused:
             raise TraceError(self._refused)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While active, nothing is noted: every call costs, whoever makes it."""
+        if sys.getprofile() != self._note:
+            yield
+            return
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(self._note)
+
 
 def _is_library(frame: Any) -> bool:
     """Whether PyTorch or this library asks for its own sake."""

@@ -7,9 +7,31 @@ tokens do from the same seed; without chance both must be equal (`passes.verify`
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
+
+#: functions that draw random numbers, also where none of their arguments is symbolic
+RANDOM = frozenset(
+    "rand randn randint randperm bernoulli normal multinomial poisson rand_like randn_like "
+    "randint_like uniform random exponential".split()
+)
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def seed_all(number: int) -> None:
+    """As `torch.manual_seed` where there is a device to seed beside the CPU. Where there is none,
+    that queues a call, with its formatted stack, for each kind that there could be."""
+    if _has_accelerator():
+        torch.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
 
 
 class WithoutChance(TorchFunctionMode):
@@ -42,3 +64,19 @@ class WithoutChance(TorchFunctionMode):
             kwargs["dropout_p"] = 0.0
             args = args[:4]
         return func(*args, **kwargs)
+
+
+class NoteDraws(TorchFunctionMode):
+    """Says in `drew` whether random numbers were drawn, except for the dropout of single numbers,
+    which it leaves out."""
+
+    drew = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "dropout":
+            return args[0] if args else (kwargs or {})["input"]
+        self.drew |= name.rstrip("_") in RANDOM or "dropout" in name
+        return func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dgefx.kernels.layout import to_tokens
 from dgefx.passes.capture import Call, tensors_in
-from dgefx.passes.chance import WithoutChance
+from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.grid import Layout
 from dgefx.passes.refusals import Reason
 from dgefx.passes.trace import copy_block
@@ -36,7 +36,7 @@ def why_unequal(
         change: Callable[[Tensor], Tensor] = lambda stream: stream,
         training: bool = False,
     ) -> Tensor:
-        torch.manual_seed(seed)
+        seed_all(seed)
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: change(t.clone()), call)
         # in train mode chance is expected, as far as it is known
         with WithoutChance() if training else contextlib.nullcontext():

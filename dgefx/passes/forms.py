@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from dgefx.kernels.layout import has_parts
-from dgefx.passes.chance import WithoutChance
+from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.cores import map_sources
 from dgefx.passes.form import Form, Probe, stream_form
 from dgefx.passes.grid import Layout
@@ -47,10 +47,14 @@ def randomise_constants(module: nn.Module) -> None:
             # quantised weights and the like are tensors of their own kind, and no constants
             plain = type(parameter.data) is Tensor
             if plain and parameter.is_floating_point() and parameter.numel():
-                size = parameter.abs()
-                hides = (size <= 1e-6 * size.max()) & (id(parameter) in kernels)
-                if parameter.max() - parameter.min() <= 1e-3 * size.max():
-                    hides.fill_(True)
+                low, high = parameter.aminmax()
+                size = float(torch.maximum(high.abs(), low.abs()))
+                if float(high - low) <= 1e-3 * size:
+                    hides = torch.ones_like(parameter, dtype=torch.bool)
+                elif id(parameter) in kernels:
+                    hides = parameter.abs() <= 1e-6 * size
+                else:
+                    continue
                 if bool(hides.any()):
                     noise = torch.rand(parameter.shape, generator=generator) - 0.5
                     parameter.add_(noise.to(parameter) * hides)
@@ -101,7 +105,7 @@ class FormFinder:
             args = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args)
         if not self.trace.root.training:
             return run_node(node, self.trace.root, args, kwargs)
-        torch.manual_seed(index)
+        seed_all(index)
         with WithoutChance():
             return run_node(node, self.trace.root, args, kwargs)
 

@@ -7,6 +7,7 @@ converted block, apart from the model it is put into. `passes.verify` decides wh
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -74,12 +75,19 @@ class BlockPlan:
     image_source: ImageSource | None = None  # without `hook_source`, see `passes.grid_sources`
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
     forms: tuple[CallForm, ...] = ()  # other ways to call it, see `passes.call_forms`
+    eval_calls_more: bool = False  # its code in eval mode has calls that its train code has not
     reference: CoarseReference | None = None  # in eval mode; of blocks that were split themselves
 
     @property
     def twin(self) -> str:
         """The block of the same structure, in eval mode, whose graph it has; "" if its own."""
         return self.owners[0] if self.owners[0] != self.name else ""
+
+    @property
+    def gradient_key(self) -> Hashable | None:
+        """Equal for blocks that run the same code but for the numbers in it, as probabilities of
+        drop paths are; None where that cannot be told, or where a backward pass is not in it."""
+        return None if self.eval_key is None or self.functions else (self.eval_key, self.owners)
 
     def runs_like(self, other: BlockPlan) -> bool:
         """Whether the blocks of both plans run the same code, in both modes."""
@@ -192,6 +200,10 @@ def _numbers_images(traced: Trace, layout: Layout, shape: tuple[int, ...], rank:
     return any(follows_batch(node, traced.values, stream, axis) for node in made)
 
 
+def _calls(graph: fx.Graph) -> Counter[tuple[str, str]]:
+    return Counter((node.op, str(node.target)) for node in graph.nodes)
+
+
 def plan_block(
     block: nn.Module,
     name: str,
@@ -273,6 +285,7 @@ def plan_block(
         ),
         functions=tuple(dict.fromkeys(traces[0].functions + traces[1].functions)),
         numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
+        eval_calls_more=not _calls(evaluated.graph) <= _calls(trained.graph),
         reference=evaluated.reference if first.owner == name else None,
     )
     if key is not None:

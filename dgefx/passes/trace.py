@@ -9,6 +9,7 @@ train mode, since `self.training` is decided while tracing. Next: `passes.split`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from dgefx.nn.callspec import CallSpec
 from dgefx.passes.attributes import Attributes, containers, told_sizes, watched
 from dgefx.passes.blame import is_internal, place_now, said
 from dgefx.passes.calls import Calls, autocast_state
+from dgefx.passes.chance import RANDOM
 from dgefx.passes.decisions import Decisions, has_shape_of_data
 from dgefx.passes.einops_proxies import know_proxies
 from dgefx.passes.interception import watched_modules, wrapped_functions
@@ -185,6 +187,20 @@ class ConcolicTracer(fx.Tracer):
         #: those of them that do not hand on what they are given
         self.busy: set[str] = set()
         self.executing = False
+        self.calls = Calls(lambda: not self.executing)
+
+    @contextlib.contextmanager
+    def own_code(self) -> Iterator[None]:
+        """While the tracer's own code runs, or a value: what it does is not the block's."""
+        if self.executing:
+            yield
+            return
+        self.executing = True
+        try:
+            with self.calls.paused():
+                yield
+        finally:
+            self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # what keeps running statistics changes its buffers in training; some add an activation
@@ -252,20 +268,21 @@ class ConcolicTracer(fx.Tracer):
     ) -> Any:
         if kind == "call_method" and target in _MADE_LIKE and isinstance(args[0], fx.Proxy):
             return self._made_like(target, args, kwargs)
-        change = as_change(kind, target, kwargs)
-        if change is not None:
-            return self._change(change, args)
-        if kind == "call_module" and self.root.get_submodule(target) in self.in_place:
-            return self._change_by_module(target, args, kwargs)
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        node = proxy.node
-        self._note_modes(node)
-        if kind == "placeholder":
-            self.values[node] = self._next_input
-        else:
-            self.values[node] = self._execute(node)
-        self.versions.made(node)
-        return proxy
+        with self.own_code():
+            change = as_change(kind, target, kwargs)
+            if change is not None:
+                return self._change(change, args)
+            if kind == "call_module" and self.root.get_submodule(target) in self.in_place:
+                return self._change_by_module(target, args, kwargs)
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            node = proxy.node
+            self._note_modes(node)
+            if kind == "placeholder":
+                self.values[node] = self._next_input
+            else:
+                self.values[node] = self._execute(node)
+            self.versions.made(node)
+            return proxy
 
     def create_arg(self, a: Any) -> Any:
         """A proxy stands for what its tensor holds now; constants get a value."""
@@ -273,11 +290,8 @@ class ConcolicTracer(fx.Tracer):
             return self.versions.current(a.node)
         if isinstance(a, Tensor) and any(shares_memory(a, t) for t in self._changed_constants):
             raise TraceError("a constant tensor is read after a computed value changed it")
-        before, self.executing = self.executing, True  # what fx notes down on the root is its own
-        try:
+        with self.own_code():  # what fx notes down on the root
             made = super().create_arg(a)
-        finally:
-            self.executing = before
         if isinstance(made, fx.Node) and made not in self.values:
             self.values[made] = self._execute(made)
         return made
@@ -301,12 +315,8 @@ class ConcolicTracer(fx.Tracer):
         return node
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        self.executing = True
-        try:
-            with torch.no_grad():
-                return run_node(node, self.root, args, kwargs)
-        finally:
-            self.executing = False
+        with self.own_code(), torch.no_grad():
+            return run_node(node, self.root, args, kwargs)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
@@ -422,16 +432,15 @@ class ConcolicTracer(fx.Tracer):
         if kwargs or len(args) != 1 or not isinstance(args[0], fx.Proxy):
             return False
         value = self.versions.value(args[0].node)
-        self.executing = True
         inside = [part for part in m.modules() if part in self.in_place]
-        try:
-            for part in inside:
-                part.inplace = True  # type: ignore[assignment]
-            return isinstance(value, Tensor) and keeps_tokens_apart(m, value)
-        finally:
-            for part in inside:
-                part.inplace = False  # type: ignore[assignment]
-            self.executing = False
+        with self.own_code():
+            try:
+                for part in inside:
+                    part.inplace = True  # type: ignore[assignment]
+                return isinstance(value, Tensor) and keeps_tokens_apart(m, value)
+            finally:
+                for part in inside:
+                    part.inplace = False  # type: ignore[assignment]
 
     def stop_gradients(self, graph: fx.Graph) -> None:
         """Detach what the block made under `torch.no_grad()` where it is used outside of it."""
@@ -532,13 +541,6 @@ def _changes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-#: calls that draw random numbers, also where none of their arguments is symbolic
-_RANDOM = frozenset(
-    "rand randn randint randperm bernoulli normal multinomial poisson rand_like randn_like "
-    "randint_like uniform random exponential".split()
-)
-
-
 class _KeepRandom(TorchFunctionMode):
     """Random numbers that a block draws by itself stay calls; as constants they would be fixed."""
 
@@ -551,12 +553,9 @@ class _KeepRandom(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        leaves = pytree.tree_leaves((args, kwargs))
-        if (
-            self.tracer.executing
-            or name.rstrip("_") not in _RANDOM
-            or any(isinstance(leaf, fx.Proxy) for leaf in leaves)
-        ):
+        if self.tracer.executing or name.rstrip("_") not in RANDOM:
+            return func(*args, **kwargs)
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         if name.endswith("_") or torch.overrides.is_tensor_method_or_property(func):
             raise TraceError(f"{name} draws random numbers into a constant tensor")
@@ -747,7 +746,7 @@ def _trace_copy(
         return tracer.told(module, name) if (module, name) in told else value
 
     attributes = Attributes(lambda: not tracer.executing, live)
-    calls = Calls(lambda: not tracer.executing)
+
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(grad):
         kept = containers(root)
@@ -758,7 +757,7 @@ def _trace_copy(
             wrapped_functions(root, opaque),
             _KeepRandom(tracer),
             watched(root, attributes),
-            calls.noted(),
+            tracer.calls.noted(),
         ):
             graph = tracer.trace(root)
     tracer.stop_gradients(graph)
@@ -795,9 +794,9 @@ def _trace_copy(
             if name == "training" or module not in tracer.entered or module in tracer.busy
         },
         (*attributes.changed(), *filled),
-        calls.functions(),
-        calls.asks_grad,
-        calls.knows_autocast or fixed,
+        tracer.calls.functions(),
+        tracer.calls.asks_grad,
+        tracer.calls.knows_autocast or fixed,
     )
 
 

@@ -104,12 +104,13 @@ class Twins:
     """The splits of one conversion so far.
 
     plans: of whole blocks, by `call_structure`. bound: those of verified blocks, bound to their
-        sizes, by `eval_key`.
+        sizes, by `eval_key`. compared: whose gradients were, by `gradient_key`.
     """
 
     def __init__(self) -> None:
         self.plans: dict[Hashable, BlockPlan] = {}
         self.bound: dict[Hashable, BlockPlan] = {}
+        self.compared: set[Hashable] = set()
         self._found: dict[Hashable, Split] = {}
 
     def split(

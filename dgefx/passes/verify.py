@@ -28,7 +28,7 @@ from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.hierarchy import Grid, level_tables, nested_levels, parent_table
 from dgefx.nn.router import Router
 from dgefx.passes.capture import Call, tensors_in
-from dgefx.passes.chance import WithoutChance
+from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.coarse_reference import Unknown
 from dgefx.passes.forms import randomise_constants
 from dgefx.passes.grid import Layout
@@ -68,7 +68,7 @@ def relative_error(found: Any, wanted: Any) -> float:
 def _run(
     module: nn.Module, call: Call, chance: TorchFunctionMode | None = None, seed: int = 0
 ) -> Tensor:
-    torch.manual_seed(seed)
+    seed_all(seed)
     # copies: a block may write its update into its input
     args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, call)
     with contextlib.nullcontext() if chance is None else chance:

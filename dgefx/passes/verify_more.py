@@ -8,6 +8,7 @@ after `passes.verify`, once for blocks that run the same code.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dgefx.ambient import working_dtype
 from dgefx.config import DGEConfig
 from dgefx.kernels.layout import has_parts
 from dgefx.passes.capture import Call
-from dgefx.passes.chance import WithoutChance
+from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.forms import randomise_constants
 from dgefx.passes.rewrite import BlockPlan
 from dgefx.passes.sizes import call_at
@@ -37,15 +38,18 @@ from dgefx.precision import in_type
 #: norm that casts) leaves 1e-6 even in float64
 _OWN, _ALL = 1e-4, 1e-6
 _OWN_FLOAT32, _ALL_FLOAT32 = 1e-2, 1e-4
-#: tokens of an image on which a backward pass is quick
-_FEW = 256
+#: side of a grid on which a backward pass is quick
+_FEW = 4
+
+#: a block's plan, its call and the shape of its stream
+_Asked = tuple[BlockPlan, Call, tuple[int, ...]]
 
 
 def verify_gradients(
     dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
 ) -> None:
     """Compare the gradients of the stream and of all parameters at the finest granularity, in train
-    mode without chance and, where it runs other code then, in eval mode. In float64 or, where the
+    mode without chance and, where there is more in it then, in eval mode. In float64 or, where the
     block has float32 written into it or gives something else in float64 (SDPA takes a float32 mask
     for one of float64), in float32.
 
@@ -55,48 +59,43 @@ def verify_gradients(
         Refused: they differ.
     """
     config = DGEConfig(config.granularities, config.region, budget=config.budget)
-    both = not plan.train_code.is_same(plan.eval_code)
+    both = plan.eval_calls_more
+    if plan.functions:
+        both = not plan.train_code.is_same(plan.eval_code)
     for training in (True, False) if both else (True,):
-        if not _hold_on_few_tokens(dense, plan, call, shape, config, training):
-            _verify_gradients(dense, plan, call, shape, config, training)
+        if not any(_hold(dense, asked, config, training) for asked in _on_less(plan, call, shape)):
+            _verify_gradients(dense, (plan, call, shape), config, training)
 
 
-def _hold_on_few_tokens(
-    dense: nn.Module,
-    plan: BlockPlan,
-    call: Call,
-    shape: tuple[int, ...],
-    config: DGEConfig,
-    training: bool,
-) -> bool:
-    """Whether the gradients are equal on a smaller grid, if that can be asked: a backward pass in
-    float64 on all tokens may take longer than all else."""
-    height, width = plan.layout.grid
-    whole = plan.windows is None and plan.layout.places is None
-    if not whole or has_parts(plan.layout.order) or height * width <= _FEW:
-        return False
-    grid = (height // 2, width // 2)
-    while grid[0] * grid[1] > _FEW and min(grid) > 7:
-        grid = (grid[0] // 2, grid[1] // 2)
-    layout = dataclasses.replace(plan.layout, grid=grid)
-    small = dataclasses.replace(plan.unasked(), layout=layout, reference=None)
+def _on_less(plan: BlockPlan, call: Call, shape: tuple[int, ...]) -> Iterator[_Asked]:
+    """Smaller grids, the smallest first, then one image: a backward pass in float64 on all tokens
+    may take longer than all else."""
+    layout = plan.layout
+    grids = [layout.grid]
+    if plan.windows is None and layout.places is None and not has_parts(layout.order):
+        while min(grids[-1]) > _FEW:
+            height, width = grids[-1]
+            grids.append((-(-height // 2), -(-width // 2)))
+    for grid in grids[:0:-1]:
+        small = dataclasses.replace(layout, grid=grid)
+        fewer = dataclasses.replace(plan.unasked(), layout=small, reference=None)
+        yield fewer, call_at(call, plan, shape, grid)[0], layout.shape_at(shape, grid)
+    axis = layout.axis("B")
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
+    yield plan, _of_images(call, plan, shape, torch.zeros(1, dtype=torch.int64)), one
+
+
+def _hold(dense: nn.Module, asked: _Asked, config: DGEConfig, training: bool) -> bool:
+    """Whether the gradients were compared there, and are equal."""
     try:
-        moved, _ = call_at(call, plan, shape, grid)
-        size = layout.shape_at(shape, grid)
-        return _verify_gradients(dense, small, moved, size, config, training)
+        return _verify_gradients(dense, asked, config, training)
     except Exception:  # the block may do something else there, or not take it
         return False
 
 
-def _verify_gradients(
-    dense: nn.Module,
-    plan: BlockPlan,
-    call: Call,
-    shape: tuple[int, ...],
-    config: DGEConfig,
-    training: bool,
-) -> bool:
+def _verify_gradients(dense: nn.Module, asked: _Asked, config: DGEConfig, training: bool) -> bool:
     """Whether there was anything to compare."""
+    plan, call, shape = asked
     refused: Refused | None = None
     for dtype, own, whole in (
         (torch.float64, _OWN, _ALL),
@@ -215,7 +214,7 @@ def _gradients(
             wanted[f"input {index}"] = value.requires_grad_(True)  # type: ignore[assignment]
     random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
     with torch.enable_grad(), WithoutChance(), random:
-        torch.manual_seed(0)  # `nn.MultiheadAttention` has chance of its own
+        seed_all(0)  # `nn.MultiheadAttention` has chance of its own
         output = output_tensors(module(*args, **kwargs))[0]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
         loss = (output * weights.to(output)).sum()
