@@ -145,10 +145,8 @@ def solve(
             if units > _UNITS:
                 continue
             total = best[: _UNITS + 1 - units] + loss
-            place = following[units:]
-            better = total < place
-            place[better] = total[better]
-            pick[units:][better] = index
+            pick[units:].masked_fill_(total < following[units:], index)
+            torch.minimum(total, following[units:], out=following[units:])
         best = following
         picks.append(pick)
     start = max(0, _UNITS - int(SLACK * dense / unit))

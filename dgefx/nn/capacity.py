@@ -10,6 +10,9 @@ import functools
 import math
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from dgefx.config import DGEConfig
 from dgefx.nn.hierarchy import Grid, divides, max_region_cost, patch_count, side_counts
 from dgefx.nn.nested_capacity import nested_budgets, nested_capacities
@@ -96,29 +99,24 @@ def plan_from_fractions(grid: Grid, config: DGEConfig, fractions: tuple[float, .
     return Plan((*upper, _last_capacity(grid, config, upper)))
 
 
-@functools.lru_cache(maxsize=1024)
-def _mixture(costs: tuple[float, ...], mean: float) -> tuple[float, ...]:
-    """The maximum-entropy mixture of levels with the given mean cost per region.
+def _mixtures(costs: list[float], means: list[float]) -> list[tuple[float, ...]]:
+    """The maximum-entropy mixtures of levels with the given mean costs per region.
 
     Without data nothing is known of how detail is spread over an image; this is the mixture that
     assumes least, and it is monotone in the budget.
     """
+    cost = torch.tensor(costs, dtype=torch.float64)
+    mean = torch.tensor(means, dtype=torch.float64)
+    low, high = torch.full_like(mean, -400.0), torch.full_like(mean, 400.0)
 
-    def weights(slope: float) -> list[float]:
-        exponents = [slope * cost / costs[0] for cost in costs]
-        top = max(exponents)
-        raw = [math.exp(e - top) for e in exponents]
-        total = sum(raw)
-        return [r / total for r in raw]
+    def weights(slope: Tensor) -> Tensor:
+        return torch.softmax(slope.unsqueeze(1) * (cost / cost[0]), 1)
 
-    low, high = -400.0, 400.0
     for _ in range(60):
         middle = (low + high) / 2
-        if sum(w * c for w, c in zip(weights(middle), costs, strict=True)) < mean:
-            low = middle
-        else:
-            high = middle
-    return tuple(weights(low))
+        under = weights(middle) @ cost < mean
+        low, high = torch.where(under, middle, low), torch.where(under, high, middle)
+    return [tuple(mixture) for mixture in weights(low).tolist()]
 
 
 @functools.lru_cache(maxsize=256)
@@ -132,15 +130,16 @@ def plans(grid: Grid, config: DGEConfig) -> tuple[Plan, ...]:
     if config.routing_mode == "layer":
         return tuple(sorted(set(pure), key=lambda plan: plan.slots))
     regions = region_count(grid, config.region_side)
-    costs = tuple(patch_count(grid, side) / regions for side in config.granularities)
+    costs = [patch_count(grid, side) / regions for side in config.granularities]
     # the finest last: where patches hold one token each, it is the only plan
     found = {pure[-1].slots: pure[-1], pure[0].slots: pure[0]}
     if regions <= _FEW_REGIONS:  # mixtures of so few regions leave wide gaps
         for plan in pure:
             found.setdefault(plan.slots, plan)
-    for step in range(1, _STEPS):
-        mean = costs[-1] + (costs[0] - costs[-1]) * step / _STEPS
-        plan = plan_from_fractions(grid, config, _mixture(costs, mean))
+    steps = range(1, _STEPS)
+    means = [costs[-1] + (costs[0] - costs[-1]) * step / _STEPS for step in steps]
+    for mixture in _mixtures(costs, means):
+        plan = plan_from_fractions(grid, config, mixture)
         if pure[-1].slots < plan.slots < pure[0].slots:
             found.setdefault(plan.slots, plan)
     return tuple(found[slots] for slots in sorted(found))

@@ -284,11 +284,11 @@ class MaskForms:
         grid, whole = plan.layout.grid, self.plan.layout
         size = plan.layout.shape_at(self.shape, grid)
         call, _ = self._call(name, mask, shape, grid, True)
+        copied = copy_block(self.block).eval()
+        randomise_constants(copied)
         if not plan.train_code.is_same(plan.eval_code):
             verify_block(self.block, plan, call, size, self.config)
         else:
-            copied = copy_block(self.block).eval()
-            randomise_constants(copied)
             # not by `plans`, which would find all others of this grid as well
             fine = (1.0, *(0.0,) * (self.config.levels - 1))
             finest = plan_from_fractions(plan.space(self.config), self.config, fine)
@@ -302,7 +302,7 @@ class MaskForms:
         plan = dataclasses.replace(plan, layout=whole)
         for other in (*others, whole.grid):
             moved, stream = self._call(name, mask, shape, other, False)
-            found = agrees(self.block, plan, moved, stream, self.config, other)
+            found = agrees(copied, plan, moved, stream, self.config, other)
             if found is False:
                 raise Refused("verification: another form of its call", "verification failed")
             if found:

@@ -60,13 +60,16 @@ def agrees(
     config: DGEConfig,
     grid: tuple[int, int],
 ) -> bool | None:
-    """Whether both blocks yield the same; None where the dense one does not take the grid."""
+    """Whether both blocks yield the same; None where the dense one does not take the grid.
+
+    Args:
+        dense: not changed; without constant parameters, see `randomise_constants`.
+    """
     args, kwargs = call
     # copies: a block may note down the size that it saw, and write its update into its input
-    reference = copy_block(dense).eval()
-    randomise_constants(reference)
+    reference = copy_block(dense, True).eval()
     _tell(reference, plan, grid)
-    other = copy_block(reference)
+    other = copy_block(reference, True)
     with torch.no_grad():
         try:
             wanted = reference(*_copied(args), **_copied(kwargs))
@@ -97,13 +100,14 @@ def bound(
     Args:
         dense: not changed. call, shape: of its example run.
     """
-
+    copied = copy_block(dense)
+    randomise_constants(copied)
     unasked, answers = plan.unasked(), (set(plan.guards[0].answers), set(plan.guards[1].answers))
 
     def holds(*grid: int) -> bool | None:
         place = (grid[0], grid[1])
         moved, stream = call_at(call, plan, shape, place)
-        same = agrees(dense, unasked, moved, stream, config, place)
+        same = agrees(copied, unasked, moved, stream, config, place)
         if same:
             leaves = plan.spec.bind(*moved)
             for guards, found in zip(plan.guards, answers, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -618,8 +619,12 @@ def strip_user_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
-def copy_block(block: nn.Module) -> nn.Module:
-    """A copy of a block, which shares its hooks: they may belong to all of the model."""
+def copy_block(block: nn.Module, shares_parameters: bool = False) -> nn.Module:
+    """A copy of a block, which shares its hooks: they may belong to all of the model.
+
+    Args:
+        shares_parameters: for what runs beside the block, and leaves its parameters as they are.
+    """
     hooks = (
         hook
         for module in block.modules()
@@ -627,7 +632,8 @@ def copy_block(block: nn.Module) -> nn.Module:
         for hook in kept.values()
         if not str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch.")
     )
-    return copy.deepcopy(block, {id(hook): hook for hook in hooks})
+    kept = itertools.chain(hooks, block.parameters() if shares_parameters else ())
+    return copy.deepcopy(block, {id(value): value for value in kept})
 
 
 def shadow(block: nn.Module) -> nn.Module:

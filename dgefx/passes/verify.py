@@ -229,39 +229,38 @@ def verify_block(
     """
     generator = torch.Generator().manual_seed(3)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        copied = copy_block(dense)
+        copied = copy_block(dense).eval()
         randomise_constants(copied)
+        converted = converted_copy(copied, plan, config)
+        images = plan.layout.images(shape)
+        if twin_passed and not bool(_constant_images(plan, images, config).all()):
+            verify_mixed(copied, converted, plan, call, shape, config, generator, finest=True)
+            return
         example = stream_of(call, plan, shape)
         noise = torch.randn(example.shape, generator=generator).to(example)
         probe = replaced_stream(call, plan, shape, noise)
         for training in (False,) if twin_passed else (False, True):
-            # two copies: train mode may update running statistics
-            reference, other = copied, copied
-            if training:
-                reference, other = copy_block(copied), copy_block(copied)
-            reference.train(training)
-            converted = converted_copy(other.train(training), plan, config)
+            reference, compared = copied, converted
+            if training:  # two copies: train mode may update running statistics
+                reference, other = copy_block(copied, True), copy_block(copied, True)
+                compared = converted_copy(other.train(), plan, config)
+                reference.train()
             label = "train mode at the finest granularity" if training else "the finest granularity"
             # what is drawn once for two images is the same for both by chance
             for seed in range(3 if training and config.packs else 1):
                 before = torch.zeros_like(noise) if plan.layout.update else noise
                 try:
-                    _compare(
-                        converted, reference, probe, _chance(plan, config), seed, before, label
-                    )
+                    _compare(compared, reference, probe, _chance(plan, config), seed, before, label)
                 except Refused:
                     if not training or _chance(plan, config) is not None:
                         raise
                     # a dropout that queries and keys both read is drawn for each of them
                     chance = WithoutChance(per_element=True)
-                    _compare(converted, reference, probe, chance, seed, before, label)
+                    _compare(compared, reference, probe, chance, seed, before, label)
         # train mode draws dropout per query: its mixed queries are checked for being finite only
         if not plan.train_code.is_same(plan.eval_code) and not twin_passed:
-            trained = copy_block(copied).train()
-            converted = converted_copy(trained, plan, config)
-            verify_mixed(None, converted, plan, call, shape, config, generator)
-        copied.eval()
-        converted = converted_copy(copied, plan, config)
+            trained = converted_copy(copy_block(copied, True).train(), plan, config)
+            verify_mixed(None, trained, plan, call, shape, config, generator)
         verify_mixed(copied, converted, plan, call, shape, config, generator)
 
 
@@ -282,9 +281,14 @@ def verify_mixed(
     shape: tuple[int, ...],
     config: DGEConfig,
     generator: torch.Generator,
+    finest: bool = False,
 ) -> None:
     """Random granularities: shapes, finiteness and, with `dense`, two identities, in some of the
-    images each: input that is constant within patches, and tokens that are their own queries."""
+    images each: input that is constant within patches, and tokens that are their own queries.
+
+    Args:
+        finest: compare with `dense` at the finest granularity too, on the same input.
+    """
     like = stream_of(call, plan, shape)
     images = plan.layout.images(tuple(like.shape))
     levels = random_levels(converted, images, generator).to(like.device)
@@ -296,8 +300,13 @@ def verify_mixed(
         routings.append(router.routing_for(inputs[0], levels, inputs[1]))
         return routings[0]
 
-    handle = converted.dge_router.register_forward_hook(route)
     probe = replaced_stream(call, plan, shape, stream)
+    before = torch.zeros_like(stream) if plan.layout.update else stream
+    identities = plan.exact_at_any_level or plan.tokens_apart
+    wanted = None if dense is None or not (finest or identities) else _run(dense, probe)
+    if wanted is not None and finest:
+        _require_equal(_run(converted, probe), wanted, before, "the finest granularity")
+    handle = converted.dge_router.register_forward_hook(route)
     try:
         found = _run(converted, probe)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
@@ -310,34 +319,31 @@ def verify_mixed(
         raise Refused("verification: NaN or infinity at mixed granularities", "verification failed")
     if dense is None:
         return
-    before = torch.zeros_like(stream) if plan.layout.update else stream
-    if plan.exact_at_any_level or plan.tokens_apart:
-        _compare_identities(found, dense, converted, plan, probe, constant, routings[0], before)
+    if wanted is not None and identities:
+        _compare_identities(found, wanted, converted, plan, constant, routings[0], before)
     if plan.reference is not None and not plan.exact_at_any_level:
         _compare_coarse(found, dense, converted, plan, probe, levels, before)
 
 
 def _compare_identities(
     found: Tensor,
-    dense: nn.Module,
+    wanted: Tensor,
     converted: DGEBlock,
     plan: BlockPlan,
-    probe: Call,
     constant: Tensor,
     routing: Routing,
     before: Tensor,
 ) -> None:
     values = [
-        converted.dge_router.tokens_of(value, plan.layout.grid)
-        for value in (found, _run(dense, probe), before)
+        converted.dge_router.tokens_of(value, plan.layout.grid) for value in (found, wanted, before)
     ]
     if plan.exact_at_any_level:
-        own, wanted, start = (value[constant] for value in values)
-        _require_equal(own, wanted, start, "mixed granularities on patch-constant input")
+        own, dense, start = (value[constant] for value in values)
+        _require_equal(own, dense, start, "mixed granularities on patch-constant input")
     if plan.tokens_apart and routing.ragged is None:  # else there is no slot per token
         alone = _own_queries(routing.token_slot) & ~constant[:, None]
-        own, wanted, start = (value[:, plan.layout.prefix :][alone] for value in values)
-        _require_equal(own, wanted, start, "fine tokens beside coarse ones")
+        own, dense, start = (value[:, plan.layout.prefix :][alone] for value in values)
+        _require_equal(own, dense, start, "fine tokens beside coarse ones")
 
 
 def _compare_coarse(

@@ -171,7 +171,7 @@ def _both_gradients(
     )
     try:
         reference = in_type(reference, dtype)
-        other = copy_block(reference)
+        other = copy_block(reference, True)
         wanted = _gradients(reference, reference, plan, call, shape, noise, dtype)
     except (RuntimeError, TypeError, NotImplementedError):
         return None
@@ -274,7 +274,7 @@ def verify_type(
         except (RuntimeError, TypeError, NotImplementedError):  # not on this device
             return
         args, kwargs = _in_type(probe, dtype)
-        converted = in_type(converted_copy(copy_block(reference), plan, config), dtype)
+        converted = in_type(converted_copy(copy_block(reference, True), plan, config), dtype)
         try:
             found = output_tensors(converted(*args, **kwargs))[0]
         except (RuntimeError, TypeError, ValueError) as failed:
@@ -310,7 +310,7 @@ def verify_images(
         with torch.no_grad():
             reference = copy_block(dense).eval()
             randomise_constants(reference)
-            converted = converted_copy(copy_block(reference), plan, config)
+            converted = converted_copy(copy_block(reference, True), plan, config)
             try:
                 args, kwargs = _in_type(probe, stream.dtype)
                 wanted = output_tensors(reference(*args, **kwargs))[0]
