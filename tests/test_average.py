@@ -444,7 +444,9 @@ def test_gates_are_trained(capacity: str | None) -> None:
         assert float(block.dge_router.gate.weight.grad.norm()) > 0
 
 
-@pytest.mark.parametrize("kind", ["detail", "linear", "asked"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("detail", marks=pytest.mark.slow), "linear", "asked"]
+)
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiles_to_one_graph(backend: str, kind: str) -> None:
     torch._dynamo.reset()

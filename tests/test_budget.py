@@ -28,11 +28,14 @@ def _models() -> dict[str, nn.Module]:
     }
 
 
+PVT = {("pvt", 0.4), ("pvt", 0.7)}
+
+
 @pytest.mark.parametrize(
     ("name", "gamma", "routing"),
     [
         *(
-            (name, gamma, "region")
+            pytest.param(name, gamma, "region", marks=[pytest.mark.slow] * ((name, gamma) in PVT))
             for name in ("vit", "pvt", "hf vit")
             for gamma in (0.4, 0.5, 0.7)
         ),

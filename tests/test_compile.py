@@ -43,7 +43,7 @@ def test_inductor_equals_eager(name: str) -> None:
     [
         pytest.param("tiny", False, marks=pytest.mark.slow),
         ("tiny", True),
-        ("pvt", True),
+        pytest.param("pvt", True, marks=pytest.mark.slow),
         ("vit", False),
         pytest.param("pvt", False, marks=pytest.mark.slow),
         pytest.param("vit", True, marks=pytest.mark.slow),

@@ -145,7 +145,12 @@ def test_operators_compile_to_one_graph(backend: str, name: str, config: str) ->
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted there")
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("tiny_BNC", "per_image"), ("tiny_BNC", "average"), ("conv", "per_image"), ("conv", "gates")],
+    [
+        ("tiny_BNC", "per_image"),
+        ("tiny_BNC", "average"),
+        pytest.param("conv", "per_image", marks=pytest.mark.slow),
+        ("conv", "gates"),
+    ],
 )
 def test_triton_kernels_carry_a_model(
     name: str, config: str, request: pytest.FixtureRequest
@@ -175,7 +180,7 @@ def test_triton_kernels_carry_a_model(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted there")
-@pytest.mark.parametrize("config", ["per_image", "average"])
+@pytest.mark.parametrize("config", ["per_image", pytest.param("average", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("launched")
 def test_half_precision_model(config: str) -> None:
     x = images(2, 24)

@@ -76,7 +76,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "swin")) for n in MODELS]
+)
 def test_shared_plans_are_those_of_each_block_alone(name: str) -> None:
     make, side, shared = MODELS[name]
     torch.manual_seed(0)
