@@ -499,8 +499,9 @@ class ConcolicTracer(fx.Tracer):
         return value
 
     def refuse_data(self, node: fx.Node) -> None:
-        """Raise TraceError where Python is about to fix a number that follows the block's data, or
-        a parameter, which may be trained. The size of what is selected by its values follows them.
+        """Raise TraceError where Python is about to fix a number that follows the block's data,
+        random numbers, or a parameter, which may be trained. The size of what is selected by the
+        data's values follows them.
         """
         front, seen = [node], {node}
         while front:
@@ -512,6 +513,8 @@ class ConcolicTracer(fx.Tracer):
             name = op_name(now, self.root)
             if name in _GUARDS_OVERFLOW:
                 continue
+            if name.rstrip("_") in RANDOM:
+                raise TraceError(f"a branch or number follows random numbers, which {name} draws")
             for source in now.all_input_nodes:
                 # from a tensor to a number only by reading its elements: a size is none of them
                 read = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -391,6 +392,46 @@ def test_a_part_in_another_mode_is_named() -> None:
     converted.eval()
     dense.eval()
     assert error(converted(X), dense(X)) < 1e-5
+
+
+def branch_on_torch(h: Tensor) -> Tensor:
+    return 1.5 * h if torch.rand(()) < 0.5 else h
+
+
+def number_of_torch(h: Tensor) -> Tensor:
+    return h * torch.rand(1).item()
+
+
+def branch_on_numpy(h: Tensor) -> Tensor:
+    return 1.5 * h if np.random.rand() < 0.5 else h
+
+
+def branch_on_python(h: Tensor) -> Tensor:
+    return 1.5 * h if random.random() < 0.5 else h
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (branch_on_torch, "follows random numbers, which rand draws"),
+        (branch_on_numpy, "draws from numpy.random"),
+        (branch_on_python, "draws from Python's random module"),
+    ],
+)
+def test_chance_that_a_trace_would_fix_is_refused(change: Any, said: str) -> None:
+    assert said in refusal(UserModel(with_change("attn", change)))
+
+
+def test_a_random_number_that_is_no_branch_is_drawn_in_every_call() -> None:
+    dense = UserModel(with_change("attn", number_of_torch)).train()
+    converted = finest(dense).train()
+    outputs = []
+    for seed in range(3):
+        for model in (dense, converted):
+            torch.manual_seed(seed)
+            outputs.append(model(X))
+        assert error(outputs[-1], outputs[-2]) < 1e-5
+    assert error(outputs[0], outputs[2]) > 1e-3
 
 
 class Scores(nn.Module):
