@@ -7,6 +7,7 @@ the difference.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,9 @@ from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.grid import Layout
 from dgefx.passes.refusals import Reason
 from dgefx.passes.trace import copy_block
+
+_FORWARD = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def why_unequal(
@@ -52,6 +56,14 @@ def why_unequal(
                 constant = constant.narrow(axis, 0, 1).expand_as(value)
         return constant.clone()
 
+    def beside(image: int, value: Tensor) -> Tensor:
+        """One of the images beside others: either holds the largest number of a batch."""
+        if tuple(value.shape) != shape:
+            return value
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(value)
+        noise[image] = value[image]
+        return noise
+
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             for training, mode in ((False, "eval"), (True, "train")):
@@ -61,18 +73,29 @@ def why_unequal(
                         f"queries others than for tokens",
                         "draws random numbers",
                     )
-            parts = block.named_modules()
-            hooked = [name or "the block itself" for name, part in parts if _has_hooks(part)]
-            if hooked:
+            for way, holders, what in (
+                ("forward", _FORWARD, "what it computes"),
+                ("backward", _BACKWARD, "its gradients"),
+            ):
+                hooked = _hooked(block, holders)
+                if hooked:
+                    return Reason(
+                        f"{way} hooks on {', '.join(hooked)} change {what}, and not every part of "
+                        f"a converted block is called",
+                        "hooks inside",
+                    )
+            if layout.order[0] == "B" and any(
+                _differs(run(1, functools.partial(beside, image))[image], run(1)[image])
+                for image in range(2)
+            ):
                 return Reason(
-                    f"forward hooks on {', '.join(hooked)} change what it computes, and not every "
-                    f"part of a converted block is called",
-                    "hooks inside",
+                    "what it makes of an image depends on the other images of the batch",
+                    "mixes images",
                 )
             if not constant:
                 return None
             same = run(1, lambda t: t[:1].expand_as(t).clone() if tuple(t.shape) == shape else t)
-            if layout.order[0] == "B" and not torch.allclose(same, same[:1], rtol=1e-3, atol=1e-3):
+            if layout.order[0] == "B" and _differs(same, same[:1].expand_as(same)):
                 return Reason(
                     "it does to some images what it does not do to others, by their place in the "
                     "batch",
@@ -90,5 +113,14 @@ def why_unequal(
     return None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _differs(found: Tensor, wanted: Tensor) -> bool:
+    return not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def _hooked(block: nn.Module, holders: tuple[str, ...]) -> list[str]:
+    """Names of the parts with hooks of a kind."""
+    return [
+        name or "the block itself"
+        for name, part in block.named_modules()
+        if any(getattr(part, holder) for holder in holders)
+    ]

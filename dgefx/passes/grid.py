@@ -42,7 +42,8 @@ _SPATIAL = frozenset(
 #: every row of the result is about the same token as that row of the first operand
 _ROWS = frozenset({"matmul", "scaled_dot_product_attention"})
 _REDUCES = frozenset({"max", "amax", "mean", "sum"})
-_REARRANGE = MOVEMENT | {"cat", "roll", "flip", "pad", "index_select"}
+_COMPLEX = frozenset({"view_as_complex", "view_as_real"})
+_REARRANGE = MOVEMENT | _COMPLEX | {"cat", "roll", "flip", "pad", "index_select"}
 #: reads all channels of a token at once: what lies in them is one token afterwards
 _MIX_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm"})
 
@@ -228,6 +229,8 @@ class GridFinder:
         try:
             if op_name(node) == "pad":
                 value = _padded(node, args[0])
+            elif op_name(node) in _COMPLEX:
+                value = _complex(args[0], op_name(node) == "view_as_real")
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError, IndexError, ValueError):
@@ -285,6 +288,15 @@ def _padded(node: Node, ids: Any) -> Tensor:
     if mode != "constant" or not isinstance(ids, Tensor):
         raise ValueError("padding that repeats tokens")
     return F.pad(ids, list(pads), value=-1)  # type: ignore[call-overload]
+
+
+def _complex(ids: Tensor, to_real: bool) -> Tensor:
+    """Pairs of numbers of one token, as one complex number or taken out of it."""
+    if to_real:
+        return ids.unsqueeze(-1).expand(*ids.shape, 2)
+    if varies(ids, -1):
+        raise ValueError("the two are of different tokens")
+    return ids[..., 0]
 
 
 class _Parts:

@@ -48,6 +48,7 @@ KindName = Literal[
     "own code fails",
     "shapes follow the data",
     "train and eval differ",
+    "mixes images",
     "mixes tokens",
     "windows",
     "table beside the queries",
@@ -262,6 +263,11 @@ KINDS: dict[KindName, Kind] = {
         False,
         "let forward compute the same in both modes but for dropout, drop path and batch norm, "
         "from the same constants and windows",
+    ),
+    "mixes images": Kind(
+        False,
+        "let the block treat every image by itself; statistics over a batch belong into a layer "
+        "that keeps them, as nn.BatchNorm2d does in eval mode",
     ),
     "mixes tokens": Kind(
         False,

@@ -422,6 +422,23 @@ def test_chance_that_a_trace_would_fix_is_refused(change: Any, said: str) -> Non
     assert said in refusal(UserModel(with_change("attn", change)))
 
 
+def test_backward_hooks_that_change_gradients_are_named() -> None:
+    dense = UserModel()
+    for block in dense.blocks:
+        block.attn.register_full_backward_hook(lambda _m, given, _o: (2.0 * given[0],))
+    assert refusal(dense).startswith("backward hooks on attn change its gradients")
+
+
+def over_images(h: Tensor) -> Tensor:
+    return h + h.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("part", ["", "mlp"])
+def test_images_that_are_mixed_are_refused(part: str) -> None:
+    reason = refusal(UserModel(with_change(part, over_images)))
+    assert reason == "what it makes of an image depends on the other images of the batch"
+
+
 def test_a_random_number_that_is_no_branch_is_drawn_in_every_call() -> None:
     dense = UserModel(with_change("attn", number_of_torch)).train()
     converted = finest(dense).train()
@@ -432,6 +449,45 @@ def test_a_random_number_that_is_no_branch_is_drawn_in_every_call() -> None:
             outputs.append(model(X))
         assert error(outputs[-1], outputs[-2]) < 1e-5
     assert error(outputs[0], outputs[2]) > 1e-3
+
+
+class ComplexQueries(UserAttention):
+    """Queries turned as complex numbers, behind a prefix token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.randn(64, DIM // 4)
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+    def change(self, q: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(q[:, :, 1:].reshape(*q[:, :, 1:].shape[:-1], -1, 2))
+        turned = torch.view_as_real(pairs * self.turns).flatten(3)
+        return torch.cat([q[:, :, :1], turned], 2)
+
+
+class ComplexBlock(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = ComplexQueries()
+
+
+class PrefixModel(UserModel):
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__(make)
+        self.prefix = nn.Parameter(torch.randn(1, 1, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+def test_rotary_positions_as_complex_numbers_behind_a_prefix() -> None:
+    dense = PrefixModel(ComplexBlock).eval()
+    assert refusal(dense) == ""
+    assert error(finest(dense)(X), dense(X)) < 1e-5
 
 
 class Scores(nn.Module):
