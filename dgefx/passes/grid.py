@@ -290,12 +290,12 @@ def _padded(node: Node, ids: Any) -> Tensor:
     return F.pad(ids, list(pads), value=-1)  # type: ignore[call-overload]
 
 
-def _complex(ids: Tensor, to_real: bool) -> Tensor:
+def _complex(ids: Any, to_real: bool) -> Tensor:
     """Pairs of numbers of one token, as one complex number or taken out of it."""
+    if not isinstance(ids, Tensor) or (not to_real and varies(ids, -1)):
+        raise ValueError("no pairs of one token")
     if to_real:
         return ids.unsqueeze(-1).expand(*ids.shape, 2)
-    if varies(ids, -1):
-        raise ValueError("the two are of different tokens")
     return ids[..., 0]
 
 
