@@ -12,8 +12,10 @@ import linecache
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import networkx
 import torch
@@ -80,13 +82,40 @@ def _users_place(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def place_text(place: tuple[str, int]) -> str:
+    """ "file:line: source"."""
+    source = linecache.getline(*place).strip()
+    return f"{place[0]}:{place[1]}" + (f": {source}" if source else "")
+
+
+def lines_run(run: Callable[[], object]) -> set[tuple[str, int]]:
+    """(file, line) of the user's code that a call goes through."""
+    found: set[tuple[str, int]] = set()
+
+    def enter(frame: FrameType, _event: str, _value: object) -> Any:
+        filename = frame.f_code.co_filename
+        return note if _is_users(filename) and filename != str(_WATCHES) else None
+
+    def note(frame: FrameType, event: str, _value: object) -> Any:
+        if event == "line":
+            found.add((frame.f_code.co_filename, frame.f_lineno))
+        return note
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return found
+
+
 def said(error: BaseException) -> str:
     """Type and message, with "file:line: source" of the user's code where it passed some."""
     text, place = f"{type(error).__name__}: {error}", _users_place(error)
     if place is None:
         return text
-    source = linecache.getline(*place).strip()
-    return f"{text}, at {place[0]}:{place[1]}" + (f": {source}" if source else "")
+    return f"{text}, at {place_text(place)}"
 
 
 def is_internal(error: BaseException) -> bool:

@@ -15,11 +15,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.kernels.layout import to_tokens
+from dgefx.nn.callspec import CallSpec
+from dgefx.passes.blame import lines_run, place_text
 from dgefx.passes.capture import Call, tensors_in
 from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.grid import Layout
 from dgefx.passes.refusals import Reason
-from dgefx.passes.trace import copy_block
+from dgefx.passes.trace import copy_block, trace
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
@@ -92,6 +94,14 @@ def why_unequal(
                     "what it makes of an image depends on the other images of the batch",
                     "mixes images",
                 )
+            other = _other_lines(block, call)
+            if other:
+                return Reason(
+                    f"it goes another way when it is traced, by something that is fixed then (a "
+                    f"type asked for by isinstance, the identity of an object), at "
+                    f"{place_text(other[0])}",
+                    "not traceable",
+                )
             if not constant:
                 return None
             same = run(1, lambda t: t[:1].expand_as(t).clone() if tuple(t.shape) == shape else t)
@@ -115,6 +125,14 @@ def why_unequal(
 
 def _differs(found: Tensor, wanted: Tensor) -> bool:
     return not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def _other_lines(block: nn.Module, call: Call) -> list[tuple[str, int]]:
+    """Lines of the user's code that only the block or only its trace goes through."""
+    (args, kwargs), spec = call, CallSpec.of(block, *call)
+    ran = lines_run(lambda: copy_block(block)(*args, **kwargs))
+    traced = lines_run(lambda: trace(block, spec, False))
+    return sorted(ran - traced) or sorted(traced - ran)
 
 
 def _hooked(block: nn.Module, holders: tuple[str, ...]) -> list[str]:

@@ -429,6 +429,19 @@ def test_backward_hooks_that_change_gradients_are_named() -> None:
     assert refusal(dense).startswith("backward hooks on attn change its gradients")
 
 
+def by_isinstance(h: Tensor) -> Tensor:
+    if not isinstance(h, torch.FloatTensor):
+        h = h + 0.5
+    return h
+
+
+@pytest.mark.parametrize("part", ["", "attn"])
+def test_a_branch_that_a_trace_does_not_see_is_named_with_its_line(part: str) -> None:
+    reason = refusal(UserModel(with_change(part, by_isinstance)))
+    assert reason.startswith("it goes another way when it is traced")
+    assert reason.endswith(": h = h + 0.5")
+
+
 def over_images(h: Tensor) -> Tensor:
     return h + h.mean(0, keepdim=True)
 
