@@ -74,7 +74,9 @@ def linear_operands(node: fx.Node) -> tuple[fx.Node, Any, Any]:
 
 
 def _moves(node: fx.Node, trace: Trace) -> bool:
-    return node.op != "call_module" and op_name(node, trace.root) in MOVEMENT
+    """Whether a node but moves data; one that stops gradients has to stay."""
+    name = op_name(node, trace.root)
+    return node.op != "call_module" and name in MOVEMENT and name != "detach"
 
 
 class _Follower:

@@ -75,7 +75,7 @@ class BlockPlan:
     image_source: ImageSource | None = None  # without `hook_source`, see `passes.grid_sources`
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
     forms: tuple[CallForm, ...] = ()  # other ways to call it, see `passes.call_forms`
-    eval_calls_more: bool = False  # its code in eval mode has calls that its train code has not
+    eval_calls_more: bool = False  # in eval mode it has calls that it has not in train mode
     reference: CoarseReference | None = None  # in eval mode; of blocks that were split themselves
 
     @property
@@ -200,8 +200,12 @@ def _numbers_images(traced: Trace, layout: Layout, shape: tuple[int, ...], rank:
     return any(follows_batch(node, traced.values, stream, axis) for node in made)
 
 
-def _calls(graph: fx.Graph) -> Counter[tuple[str, str]]:
-    return Counter((node.op, str(node.target)) for node in graph.nodes)
+def _calls(graph: fx.Graph) -> Counter[tuple[str, ...]]:
+    """What is called how often, attributes by their names."""
+    return Counter(
+        (node.op, str(node.target), *(str(a) for a in node.args if isinstance(a, str)))
+        for node in graph.nodes
+    )
 
 
 def plan_block(
@@ -285,7 +289,8 @@ def plan_block(
         ),
         functions=tuple(dict.fromkeys(traces[0].functions + traces[1].functions)),
         numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
-        eval_calls_more=not _calls(evaluated.graph) <= _calls(trained.graph),
+        # of the traces: movement that a generated graph leaves out may stop gradients
+        eval_calls_more=not _calls(traces[0].graph) <= _calls(traces[1].graph),
         reference=evaluated.reference if first.owner == name else None,
     )
     if key is not None:

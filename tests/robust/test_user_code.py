@@ -190,7 +190,11 @@ def detached(h: Tensor) -> Tensor:
     return h + (h.sin() - h).detach()
 
 
-@pytest.mark.parametrize("change", [without_grad, detached])
+def detached_at_once(h: Tensor) -> Tensor:
+    return h.detach() * 1.0  # of a projection, if `h` are queries
+
+
+@pytest.mark.parametrize("change", [without_grad, detached, detached_at_once])
 @pytest.mark.parametrize("part", ["", "attn", "mlp"])
 def test_gradients_stop_where_they_do_in_the_dense_block(change: Any, part: str) -> None:
     dense = UserModel(with_change(part, change))
@@ -427,6 +431,24 @@ def test_backward_hooks_that_change_gradients_are_named() -> None:
     for block in dense.blocks:
         block.attn.register_full_backward_hook(lambda _m, given, _o: (2.0 * given[0],))
     assert refusal(dense).startswith("backward hooks on attn change its gradients")
+
+
+class StopsInEval(UserAttention):
+    def change(self, q: Tensor) -> Tensor:
+        return q * 1.0 if self.training else q.detach() * 1.0
+
+
+class StopsInEvalBlock(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = StopsInEval()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_stop_in_the_mode_in_which_they_do(training: bool) -> None:
+    dense = UserModel(StopsInEvalBlock)
+    converted = finest(dense)
+    assert_same_gradients(converted.train(training), dense.train(training))
 
 
 def by_isinstance(h: Tensor) -> Tensor:
