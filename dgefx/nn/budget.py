@@ -146,7 +146,7 @@ def solve(
                 continue
             total = best[: _UNITS + 1 - units] + loss
             pick[units:].masked_fill_(total < following[units:], index)
-            torch.minimum(total, following[units:], out=following[units:])
+            torch.fmin(total, following[units:], out=following[units:])
         best = following
         picks.append(pick)
     start = max(0, _UNITS - int(SLACK * dense / unit))

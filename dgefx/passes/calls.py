@@ -6,6 +6,7 @@ Used by `passes.trace`.
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ class Calls:
         self.knows_autocast = False  # switches it or asks for it
         self.asks_grad = False
         self._refused = ""
+        self._numpy = b""
 
     def functions(self) -> tuple[str, ...]:
         """Names of the autograd functions."""
@@ -73,7 +75,7 @@ class Calls:
             TraceError: at the end, where what was called would be fixed.
         """
         before: Any = sys.getprofile()
-        drawn = _numpy_state()
+        self._numpy = _numpy_state()
         sys.setprofile(self._note)
         try:
             yield
@@ -81,8 +83,7 @@ class Calls:
             sys.setprofile(before if callable(before) else None)
             if hasattr(before, "enable"):  # cProfile's, which Python 3.11 cannot set again
                 before.enable()
-        if _numpy_state() != drawn:
-            self._refused = "the block draws from numpy.random, which would be fixed"
+        self._compare_numpy()
         if self._refused:
             raise TraceError(self._refused)
 
@@ -93,19 +94,25 @@ class Calls:
             yield
             return
         sys.setprofile(None)
+        self._compare_numpy()
         try:
             yield
         finally:
+            self._numpy = _numpy_state()
             sys.setprofile(self._note)
 
+    def _compare_numpy(self) -> None:
+        if _numpy_state() != self._numpy:
+            self._refused = (
+                "the block draws from numpy.random, which would be fixed (or another thread does "
+                "meanwhile)"
+            )
 
-def _numpy_state() -> Any:
+
+def _numpy_state() -> bytes:
     """Of numpy's own generator, whose calls no profiling function sees."""
     numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    state = numpy.random.get_state(legacy=False)["state"]
-    return bytes(state["key"]), state["pos"]
+    return b"" if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False))
 
 
 def _is_library(frame: Any) -> bool:

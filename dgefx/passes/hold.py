@@ -11,6 +11,7 @@ from collections import Counter
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 
 from dgefx.nn.code import GraphCode
 from dgefx.nn.guards import FLOATS, Guards, Setting
@@ -88,8 +89,14 @@ def _doubled(called: set[str], generated: fx.Graph) -> tuple[str, ...]:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    parts = (part for part in module.modules() if isinstance(part, _NormBase))
-    return any(part.track_running_stats for part in parts)
+    for part in module.modules():
+        if isinstance(part, _NormBase) and part.track_running_stats:
+            return True
+        # what a parametrization keeps, as spectral norm does
+        held = getattr(part, "parametrizations", None) if is_parametrized(part) else None
+        if isinstance(held, nn.Module) and any(True for _ in held.buffers()):
+            return True
+    return False
 
 
 def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -33,9 +33,10 @@ from dgefx.passes.grid import Layout
 from dgefx.passes.hold import guards_of, same_types, same_without_grad
 from dgefx.passes.ops import op_name
 from dgefx.passes.structure import call_structure
-from dgefx.passes.trace import Trace, trace
+from dgefx.passes.trace import Trace, attribute_of, trace
 from dgefx.passes.twins import Split, Twins
 from dgefx.passes.worlds import KEEPS_STREAM, Refused
+from dgefx.precision import floating_type
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class BlockPlan:
     image_source: ImageSource | None = None  # without `hook_source`, see `passes.grid_sources`
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
     forms: tuple[CallForm, ...] = ()  # other ways to call it, see `passes.call_forms`
+    #: plain attributes that it reads, as the example run left them
+    attributes: dict[str, Tensor] = field(default_factory=dict)
     eval_calls_more: bool = False  # in eval mode it has calls that it has not in train mode
     reference: CoarseReference | None = None  # in eval mode; of blocks that were split themselves
 
@@ -208,6 +211,22 @@ def _calls(graph: fx.Graph) -> Counter[tuple[str, ...]]:
     )
 
 
+def _attributes(block: nn.Module, *graphs: fx.Graph) -> dict[str, Tensor]:
+    """The plain attributes that graphs read."""
+    names = {str(n.target) for graph in graphs for n in graph.nodes if n.op == "get_attr"}
+    found = ((name, attribute_of(block, name)) for name in sorted(names))
+    return {name: value for name, value in found if value is not None}
+
+
+def _fill(dense: nn.Module, attributes: dict[str, Tensor]) -> None:
+    """Give a block what its first call would leave in it: a cache that is filled once."""
+    for target, value in attributes.items():
+        if attribute_of(dense, target) is None:
+            owner, _, name = target.rpartition(".")
+            kind = floating_type(dense) if value.is_floating_point() else value.dtype
+            setattr(dense.get_submodule(owner), name, value.detach().to(kind, copy=True))
+
+
 def plan_block(
     block: nn.Module,
     name: str,
@@ -259,12 +278,12 @@ def plan_block(
     if evaluated.windows != trained.windows:
         raise Refused("its windows differ between eval and train mode", "train and eval differ")
     constants = dict(evaluated.constants)
-    for key, value in trained.constants.items():
-        if key in constants and not constants[key].equal(value):
+    for constant, value in trained.constants.items():
+        if constant in constants and not constants[constant].equal(value):
             raise Refused(
                 "its constants differ between eval and train mode", "train and eval differ"
             )
-        constants[key] = value
+        constants[constant] = value
     plan = BlockPlan(
         name=name,
         layout=layout,
@@ -290,6 +309,7 @@ def plan_block(
         functions=tuple(dict.fromkeys(traces[0].functions + traces[1].functions)),
         numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
         # of the traces: movement that a generated graph leaves out may stop gradients
+        attributes=_attributes(block, evaluated.graph, trained.graph),
         eval_calls_more=not _calls(traces[0].graph) <= _calls(traces[1].graph),
         reference=evaluated.reference if first.owner == name else None,
     )
@@ -322,6 +342,7 @@ def build_block(
         plan.only_here,
     )
     router.train(dense.training)
+    _fill(dense, plan.attributes)
     parameter = next(dense.parameters(), None)
     if parameter is not None:
         router.to(parameter.device)

@@ -156,6 +156,8 @@ def _module(
     for name, part in module.named_modules(remove_duplicate=False):
         if part._forward_hooks or part._forward_pre_hooks:
             raise _Unknown
+        if part._backward_hooks or part._backward_pre_hooks:
+            raise _Unknown
         own = {k: v for k, v in vars(part).items() if k not in _OWN_ATTRIBUTES}
         found.append(
             (name, named(name, part), type(part), _frozen(own, scales=name in idle, owned=first))

@@ -86,7 +86,7 @@ def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
         found = run(tokens)
         if not _fits(found, tokens, features):
             return False
-        chosen = torch.tensor([2, 0], device=value.device)
+        chosen = torch.tensor([1, 0], device=value.device)
 
         def moved(whole: Tensor) -> Tensor:
             """One image of two, and two of three rows in another order on every token axis."""

@@ -784,7 +784,7 @@ def _trace_copy(
         if node.op != "get_attr" or node.target in names:
             continue
         target, value = str(node.target), tracer.values[node]
-        if isinstance(value, Tensor) and not _is_attribute(block, target):
+        if isinstance(value, Tensor) and attribute_of(block, target) is None:
             constants[target] = run_node(node, root, (), {})
     return Trace(
         graph,
@@ -809,13 +809,14 @@ def _trace_copy(
     )
 
 
-def _is_attribute(block: nn.Module, target: str) -> bool:
-    """Whether a constant is a plain attribute of the block's, which the model may set anew."""
+def attribute_of(block: nn.Module, target: str) -> Tensor | None:
+    """The tensor that is a plain attribute of the block's, which the model may set anew."""
     owner, _, name = target.rpartition(".")
     try:
-        return isinstance(vars(block.get_submodule(owner)).get(name), Tensor)
+        value = vars(block.get_submodule(owner)).get(name)
     except AttributeError:
-        return False
+        return None
+    return value if isinstance(value, Tensor) else None
 
 
 def _drop_unread(graph: fx.Graph) -> None:

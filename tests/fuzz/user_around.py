@@ -175,6 +175,8 @@ def weight_norm(draft: Draft, rng: random.Random) -> None:
     layer = rng.choice(["b.attn.qkv", "b.attn.proj", "b.mlp.fc1"])
     kind = rng.choice(["weight_norm", "weight_norm", "spectral_norm"])
     draft.keeps_state = kind == "spectral_norm"
+    if draft.keeps_state:
+        draft.told_by = (*draft.told_by, "running statistics")
     draft.each_block(
         rng.choice(["ready", "later"]), f"torch.manual_seed(4)\nparametrizations.{kind}({layer})"
     )

@@ -15,6 +15,21 @@ class Shifted(nn.Module):
         return x.roll(1, 1)
 
 
+class Mirrored(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x + x.flip(1)
+
+
+class First(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x + x[:, :1]
+
+
+class Last(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x + x[:, -1:]
+
+
 class Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +58,9 @@ APART = {
 }
 TOGETHER = {
     "order": (Shifted(), (2, 9, 8)),
+    "mirrored": (Mirrored(), (2, 9, 8)),
+    "first": (First(), (2, 9, 8)),
+    "last": (Last(), (2, 9, 8)),
     "position": (Positions(), (2, 9, 8)),
     "number of tokens": (Counted(), (2, 9, 8)),
     "images": (OverImages(), (2, 9, 8)),

@@ -163,6 +163,47 @@ class Scaled(torch.autograd.Function):
         return gradient * 0.1
 
 
+class Clipped(torch.autograd.Function):
+    """Does nothing to small gradients, as on few tokens."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (100 / gradient.norm()).clamp(max=1)
+
+
+class PerImage(Clipped):
+    """Does nothing to those of one image."""
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / len(gradient)
+
+
+def of_many(h: Tensor) -> Tensor:
+    return Scaled.apply(h) if h.shape[-2] > 49 else h
+
+
+@pytest.mark.parametrize("change", [Clipped.apply, PerImage.apply, of_many])
+def test_a_backward_pass_that_shows_on_all_tokens_alone_is_refused(change: Any) -> None:
+    assert "has a backward pass of its own" in refusal(UserModel(with_change("attn", change)))
+
+
+class ScaledInEval(UserAttention):
+    def change(self, q: Tensor) -> Tensor:
+        return q if self.training else PerImage.apply(q)
+
+
+def test_a_backward_pass_of_eval_mode_is_compared_there() -> None:
+    dense = UserModel()
+    for block in dense.blocks:
+        block.attn = ScaledInEval()
+    assert "PerImage has a backward pass of its own" in refusal(dense)
+
+
 @pytest.mark.parametrize("function", [StraightThrough, Scaled])
 @pytest.mark.parametrize("part", ["", "attn"])
 def test_a_function_with_a_backward_of_its_own_is_refused(function: Any, part: str) -> None:
@@ -303,12 +344,37 @@ class Caches(UserBlock):
     def forward(self, x: Tensor) -> Tensor:
         if self.mask is None:
             self.mask = torch.linspace(0, 1, DIM)
-        return super().forward(x) * 1.0 + 0 * self.mask
+        return super().forward(x) + self.mask
 
 
-def test_a_cache_that_is_filled_once_converts() -> None:
-    dense = UserModel(Caches).eval()
-    assert error(finest(dense)(X), dense(X)) < 1e-5
+class CachesInAttention(UserAttention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.cache is None or self.cache.numel() != x.shape[1]:
+            self.cache = torch.linspace(0.5, 1.5, x.shape[1])[:, None].to(x)
+        return x * self.cache
+
+
+class CachesBelow(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = CachesInAttention()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [Caches, CachesBelow])
+def test_a_cache_that_is_filled_once_converts(make: Any, dtype: torch.dtype) -> None:
+    dense = UserModel(make).eval().to(dtype)
+    x = X.to(dtype)
+    converted = finest(dense, x)
+    part = dense.blocks[0] if make is Caches else dense.blocks[0].attn
+    assert part.mask is None if make is Caches else part.cache is None
+    assert error(converted(x), dense(x)) < 1e-5
+    assert error(dgefx.revert(converted)(x), dense(x)) < 1e-5
 
 
 def scale_of(model: Any) -> None:
@@ -410,6 +476,10 @@ def branch_on_numpy(h: Tensor) -> Tensor:
     return 1.5 * h if np.random.rand() < 0.5 else h
 
 
+def branch_on_pairs(h: Tensor) -> Tensor:
+    return 1.5 * h if np.random.randn() < 0.5 else h  # every second one changes no seed
+
+
 def branch_on_python(h: Tensor) -> Tensor:
     return 1.5 * h if random.random() < 0.5 else h
 
@@ -419,6 +489,7 @@ def branch_on_python(h: Tensor) -> Tensor:
     [
         (branch_on_torch, "follows random numbers, which rand draws"),
         (branch_on_numpy, "draws from numpy.random"),
+        (branch_on_pairs, "draws from numpy.random"),
         (branch_on_python, "draws from Python's random module"),
     ],
 )
@@ -431,6 +502,14 @@ def test_backward_hooks_that_change_gradients_are_named() -> None:
     for block in dense.blocks:
         block.attn.register_full_backward_hook(lambda _m, given, _o: (2.0 * given[0],))
     assert refusal(dense).startswith("backward hooks on attn change its gradients")
+
+
+def test_a_backward_hook_on_one_of_equal_blocks_is_compared() -> None:
+    dense = UserModel()
+    hook = dense.blocks[1].attn.register_full_backward_hook(lambda _m, given, _o: (9 * given[0],))
+    blocks = dgefx.explain(dense, example_inputs=X).blocks
+    assert [b.status for b in blocks] == ["converted", "dense"]
+    hook.remove()
 
 
 class StopsInEval(UserAttention):
@@ -472,6 +551,34 @@ def over_images(h: Tensor) -> Tensor:
 def test_images_that_are_mixed_are_refused(part: str) -> None:
     reason = refusal(UserModel(with_change(part, over_images)))
     assert reason == "what it makes of an image depends on the other images of the batch"
+
+
+def test_another_generator_of_numpys_is_no_trouble() -> None:
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(1))
+    try:
+        assert refusal(UserModel()) == ""
+        assert "draws from numpy.random" in refusal(UserModel(with_change("attn", branch_on_numpy)))
+    finally:
+        np.random.set_bit_generator(before)
+
+
+def noise_of_numpy(h: Tensor) -> Tensor:
+    return h + 0 * torch.from_numpy(np.random.rand(h.shape[-1])).to(h)
+
+
+def test_a_module_that_stays_a_call_may_draw() -> None:
+    assert refusal(UserModel(with_change("mlp", noise_of_numpy))) == ""
+
+
+def test_spectral_norm_of_what_runs_twice_is_told() -> None:
+    dense = UserModel()
+    for block in dense.blocks:
+        nn.utils.parametrizations.spectral_norm(block.attn.qkv)
+    converted = finest(dense)
+    converted.train()
+    with pytest.warns(UserWarning, match=r"attn.qkv runs twice .* running statistics"):
+        converted(X)
 
 
 def test_a_random_number_that_is_no_branch_is_drawn_in_every_call() -> None:
