@@ -12,7 +12,7 @@ import linecache
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -88,13 +88,22 @@ def place_text(place: tuple[str, int]) -> str:
     return f"{place[0]}:{place[1]}" + (f": {source}" if source else "")
 
 
-def lines_run(run: Callable[[], object]) -> set[tuple[str, int]]:
-    """(file, line) of the user's code that a call goes through."""
+def lines_run(run: Callable[[], object], files: Collection[str]) -> set[tuple[str, int]]:
+    """(file, line) of the user's code that a call goes through.
+
+    Args:
+        files: to look into, besides those that are not installed.
+    """
     found: set[tuple[str, int]] = set()
 
+    def looks(filename: str) -> bool:
+        installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
+        return filename in files or (
+            _is_users(filename) and not installed and filename != str(_WATCHES)
+        )
+
     def enter(frame: FrameType, _event: str, _value: object) -> Any:
-        filename = frame.f_code.co_filename
-        return note if _is_users(filename) and filename != str(_WATCHES) else None
+        return note if looks(frame.f_code.co_filename) else None
 
     def note(frame: FrameType, event: str, _value: object) -> Any:
         if event == "line":

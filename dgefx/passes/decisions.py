@@ -66,6 +66,10 @@ class Decisions:
         here = self.values[node]
         if here is self.base and _reads_type(node):
             return dtype
+        if _reads_item_size(node):
+            of = self.values[node.all_input_nodes[0]]
+            if isinstance(of, Tensor) and of.dtype is self.base:
+                return dtype.itemsize
         if not node.op.startswith("call_function") or tensors_of(here):
             return here
         sources = node.all_input_nodes
@@ -87,9 +91,13 @@ class Decisions:
             for n in behind
         )
 
+    def only_here(self) -> bool:
+        """Whether it cannot be told what the branches are in another type."""
+        return self.fixed or self._asked("type", "nbytes")
+
     def types(self) -> frozenset[torch.dtype]:
         """The floating types in which every branch is the one that was taken."""
-        if self.fixed or self._asked("type", "element_size", "itemsize", "nbytes"):
+        if self.only_here():
             return frozenset((self.base,))
         return frozenset(
             dtype
@@ -103,6 +111,13 @@ class Decisions:
 
 def _reads_type(node: fx.Node) -> bool:
     return node.target is getattr and str(node.args[1]) == "dtype"
+
+
+def _reads_item_size(node: fx.Node) -> bool:
+    """Whether a node is the size of a tensor's elements."""
+    if node.op == "call_method":
+        return node.target == "element_size"
+    return node.target is getattr and node.args[1] == "itemsize"
 
 
 def has_shape_of_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:

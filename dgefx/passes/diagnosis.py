@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -23,6 +26,7 @@ from dgefx.passes.grid import Layout
 from dgefx.passes.refusals import Reason
 from dgefx.passes.trace import copy_block, trace
 
+_TORCH = os.path.dirname(torch.__file__)
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -130,8 +134,11 @@ def _differs(found: Tensor, wanted: Tensor) -> bool:
 def _other_lines(block: nn.Module, call: Call) -> list[tuple[str, int]]:
     """Lines of the user's code that only the block or only its trace goes through."""
     (args, kwargs), spec = call, CallSpec.of(block, *call)
-    ran = lines_run(lambda: copy_block(block)(*args, **kwargs))
-    traced = lines_run(lambda: trace(block, spec, False))
+    classes = {type(module) for module in block.modules()}
+    files = {inspect.getfile(kind) for kind in classes if kind.__module__ in sys.modules}
+    files = {file for file in files if not file.startswith(_TORCH)}
+    ran = lines_run(lambda: copy_block(block)(*args, **kwargs), files)
+    traced = lines_run(lambda: trace(block, spec, False), files)
     return sorted(ran - traced) or sorted(traced - ran)
 
 

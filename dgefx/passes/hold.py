@@ -103,7 +103,7 @@ def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
     """The floating types in which the block does what was traced: it decides alike, or its other
     branch comes to the same graph (a clamp of what is not finite)."""
     held = traced.decisions.types()
-    if traced.decisions.fixed:
+    if traced.decisions.only_here():
         return held
     return held | {dtype for dtype in FLOATS - held if _same_graph(block, traced, dtype)}
 

@@ -73,6 +73,26 @@ def test_a_branch_on_the_type_is_noticed_when_the_type_changes() -> None:
     assert error(converted.double()(X.double()), dense.double()(X.double())) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda h: h.element_size() != 4,
+        lambda h: h.itemsize != 4,
+        lambda h: h.dtype.itemsize != 4,
+        lambda h: h.nbytes != 4 * h.numel(),
+        lambda h: h.type() != "torch.FloatTensor",
+        lambda h: torch.finfo(h.dtype).bits != 32,
+    ],
+)
+@pytest.mark.parametrize("part", ["", "attn"])
+def test_whatever_asks_for_the_type_binds_to_it(asks: Any, part: str) -> None:
+    converted = finest(UserModel(with_change(part, lambda h: h.relu() if asks(h) else h)).eval())
+    with pytest.raises(ValueError, match=r"blocks\.0 decides by the floating type"):
+        copy.deepcopy(converted).bfloat16()(X.bfloat16())
+    with pytest.raises(ValueError, match=r"blocks\.0 decides by the floating type"):
+        converted.double()(X.double())
+
+
 def test_a_model_in_a_type_in_which_it_branches_otherwise_is_refused() -> None:
     assert "in float16, which the model is in" in refusal(
         UserModel(with_change("", clamp_half)).half().eval()
