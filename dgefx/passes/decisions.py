@@ -117,7 +117,7 @@ def _reads_item_size(node: fx.Node) -> bool:
     """Whether a node is the size of a tensor's elements."""
     if node.op == "call_method":
         return node.target == "element_size"
-    return node.target is getattr and node.args[1] == "itemsize"
+    return node.target is getattr and str(node.args[1]) == "itemsize"
 
 
 def has_shape_of_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
