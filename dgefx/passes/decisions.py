@@ -127,7 +127,7 @@ def has_shape_of_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module
         now = front.pop()
         if not tensors_of(values.get(now)) or not now.op.startswith("call_"):
             continue
-        if _is_shaped_by_data(now, values, root):
+        if is_shaped_by_data(now, values, root):
             return True
         fresh = [n for n in now.all_input_nodes if n not in seen]
         seen.update(fresh)
@@ -135,7 +135,8 @@ def has_shape_of_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module
     return False
 
 
-def _is_shaped_by_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
+def is_shaped_by_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
+    """Whether an operation gives as many elements as the elements that it is given say."""
     name = op_name(node, root)
     if name in _SHAPED_BY_DATA:
         return True

@@ -12,17 +12,20 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dgefx.kernels.layout import to_tokens
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.blame import lines_run, place_text
 from dgefx.passes.capture import Call, tensors_in
 from dgefx.passes.chance import WithoutChance, seed_all
+from dgefx.passes.decisions import is_shaped_by_data
 from dgefx.passes.grid import Layout
+from dgefx.passes.mutation import set_item
 from dgefx.passes.refusals import Reason
 from dgefx.passes.trace import copy_block, trace
 
@@ -98,6 +101,9 @@ def why_unequal(
                     "what it makes of an image depends on the other images of the batch",
                     "mixes images",
                 )
+            known = _told_by_trace(block, call)
+            if known is not None:
+                return known
             other = _other_lines(block, call)
             if other:
                 return Reason(
@@ -129,6 +135,25 @@ def why_unequal(
 
 def _differs(found: Tensor, wanted: Tensor) -> bool:
     return not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def _told_by_trace(block: nn.Module, call: Call) -> Reason | None:
+    """An operation that no converted block can run on fewer tokens."""
+    traced = trace(block, CallSpec.of(block, *call), False)
+    for node in traced.graph.nodes:
+        place = node.meta.get("place")
+        where = f", at {place_text(place)}" if place else ""
+        if is_shaped_by_data(node, traced.values, traced.root):
+            what = "a value of the block changes its shape with the data"
+            return Reason(what + where, "shapes follow the data")
+        if node.target is set_item and not any(map(_has_node, node.args[1:2])):
+            what = "it writes into some of its tokens and not into others, by their place"
+            return Reason(what + where, "tokens by place")
+    return None
+
+
+def _has_node(argument: Any) -> bool:
+    return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(argument))
 
 
 def _other_lines(block: nn.Module, call: Call) -> list[tuple[str, int]]:

@@ -563,6 +563,31 @@ def test_a_branch_that_a_trace_does_not_see_is_named_with_its_line(part: str) ->
     assert reason.endswith(": h = h + 0.5")
 
 
+def first_row_written(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, :8] += 1.0
+    return h
+
+
+def negative_scaled(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[h < 0] *= 0.2
+    return h
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("", first_row_written, "by their place"),
+        ("mlp", first_row_written, "by their place"),
+        ("", negative_scaled, "changes its shape with the data"),
+        ("attn", negative_scaled, "changes its shape with the data"),
+    ],
+)
+def test_writes_into_some_tokens_are_refused(part: str, change: Any, said: str) -> None:
+    assert said in refusal(UserModel(with_change(part, change)))
+
+
 def over_images(h: Tensor) -> Tensor:
     return h + h.mean(0, keepdim=True)
 
