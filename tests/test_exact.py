@@ -47,7 +47,9 @@ def check_exact(model: nn.Module, refused: list[str], **options: Any) -> None:
     assert error(found, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("name", TIMM_SHORT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "pvt_v2_b2")) for n in TIMM_SHORT]
+)
 def test_timm(name: str) -> None:
     options = TIMM_SHORT[name]
     model = timm.create_model(name, **options)

@@ -127,7 +127,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     ("name", "config"),
     [
         ("tiny_BNC", "average"),
-        ("pvt", "per_image"),
+        pytest.param("pvt", "per_image", marks=pytest.mark.slow),
         pytest.param("tiny_BNC", "per_image", marks=pytest.mark.slow),
         pytest.param("pvt", "average", marks=pytest.mark.slow),
     ],
@@ -180,7 +180,8 @@ def test_triton_kernels_carry_a_model(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted there")
-@pytest.mark.parametrize("config", ["per_image", pytest.param("average", marks=pytest.mark.slow)])
+@pytest.mark.slow  # of every kernel alone: tests/kernels
+@pytest.mark.parametrize("config", ["per_image", "average"])
 @pytest.mark.usefixtures("launched")
 def test_half_precision_model(config: str) -> None:
     x = images(2, 24)

@@ -323,7 +323,8 @@ def test_convolutions_on_the_grid() -> None:
 COARSE = ["prefix", "windows on the fast axis"]
 
 
-@pytest.mark.parametrize("name", ["prefix", pytest.param(COARSE[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COARSE)
 def test_compiled_in_one_graph(name: str) -> None:
     torch._dynamo.reset()
     model = dgefx.convert(made(name), 0.7, example_inputs=images(2, PHOTO)).eval()

@@ -300,7 +300,7 @@ def tiny_hugging_face(version: int) -> nn.Module:
     return transformers.Swinv2Model(config)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_hugging_face(version: int) -> None:
     torch.manual_seed(0)
     check_exact(tiny_hugging_face(version), [], images(2, 112 if version == 1 else 128, seed=1))

@@ -32,6 +32,8 @@ _STANDARD = Path(os.__file__).parent
 _GENERATED = ("<dgefx ", "<frozen ", "<string>", "<__array_function__")
 #: the function of `passes.trace` that runs one operation of a block, and the one that traces it
 _RUNS, _TRACES = "run_node", "_trace_copy"
+#: those of it that try the block or its parts before they are traced
+_TRIES = frozenset({"_keeps_tokens_apart", "_has_caches"})
 
 
 @functools.cache
@@ -88,6 +90,15 @@ def place_text(place: tuple[str, int]) -> str:
     return f"{place[0]}:{place[1]}" + (f": {source}" if source else "")
 
 
+def _is_tried(frame: FrameType | None) -> bool:
+    """Whether a pass but tries the code, on other tokens than those of the example."""
+    while frame is not None:
+        if frame.f_code.co_name in _TRIES and _is_own(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def lines_run(run: Callable[[], object], files: Collection[str]) -> set[tuple[str, int]]:
     """(file, line) of the user's code that a call goes through.
 
@@ -103,7 +114,7 @@ def lines_run(run: Callable[[], object], files: Collection[str]) -> set[tuple[st
         )
 
     def enter(frame: FrameType, _event: str, _value: object) -> Any:
-        return note if looks(frame.f_code.co_filename) else None
+        return note if looks(frame.f_code.co_filename) and not _is_tried(frame) else None
 
     def note(frame: FrameType, event: str, _value: object) -> Any:
         if event == "line":

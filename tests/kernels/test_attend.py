@@ -186,7 +186,7 @@ BRAIN = 3e-2
 
 
 @needs_triton
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(CASES)
 def test_triton_is_exact(case: dict[str, Any]) -> None:
     arguments, grad = draw(case, torch.float32, DEVICE)
@@ -217,19 +217,25 @@ PLAIN: dict[str, Any] = {
 }
 
 
+TILES: list[dict[str, Any]] = [
+    {},
+    {"bias": None, "head": 80, "value": 128},
+    {"lengths": [300], "idle": (0, 0), "keys": 64, "heads": 1, "bias": 1},
+    {"lengths": [0, 0], "idle": (0, 5)},
+    {"lengths": [0], "idle": (0, 0)},
+]
+MANY_GROUPS = {"lengths": [1] * 130, "keys": 3, "heads": 1}  # more than are compared at once
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    "change",
+    ("change", "dtype"),
     [
-        {},
-        {"bias": None, "head": 80, "value": 128},
-        {"lengths": [300], "idle": (0, 0), "keys": 64, "heads": 1, "bias": 1},
-        {"lengths": [0, 0], "idle": (0, 5)},
-        {"lengths": [0], "idle": (0, 0)},
-        {"lengths": [1] * 130, "keys": 3, "heads": 1},  # more groups than are compared at once
+        *((change, dtype) for change in TILES for dtype in (torch.float32, torch.float16)),
+        (MANY_GROUPS, torch.float32),
+        pytest.param(MANY_GROUPS, torch.float16, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_chosen_tiles(change: dict[str, Any], dtype: torch.dtype) -> None:
     arguments, grad = draw(PLAIN | change, dtype, DEVICE)
     tolerance = FLOAT if dtype == torch.float32 else HALF
@@ -251,7 +257,7 @@ def test_operator_repeats() -> None:
         assert torch.equal(a, b)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(CASES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 def test_operator(case: dict[str, Any], dtype: torch.dtype) -> None:
     arguments, grad = draw(case, dtype, DEVICE)
