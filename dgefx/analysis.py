@@ -39,7 +39,8 @@ from dgefx.passes.sizes import bound
 from dgefx.passes.trace import TraceError
 from dgefx.passes.twins import Twins
 from dgefx.passes.verify import TOLERANCE, output_tensors, relative_error, verify_block
-from dgefx.passes.verify_more import verify_gradients, verify_images, verify_type
+from dgefx.passes.verify_gradients import verify_gradients
+from dgefx.passes.verify_more import verify_images, verify_type
 from dgefx.passes.worlds import Refused
 from dgefx.precision import floating_type, full_float32, in_float64, in_type
 from dgefx.report import BlockReport, Report

@@ -1,28 +1,21 @@
-"""Pass 6c, more of what is verified once per block: gradients, its own floating type, its images.
+"""Pass 6d, more of what is verified once per block: its own floating type, its images.
 
-Outputs that are equal in float32 for two images say nothing of a backward pass that was written by
-hand, of a branch on the type or of a number made of the batch size. Called by `dgefx.analysis`
-after `passes.verify`, once for blocks that run the same code.
+Outputs that are equal in float32 for two images say nothing of a branch on the type or of a number
+made of the batch size. Called by `dgefx.analysis` after `passes.verify_gradients`, once for blocks
+that run the same code.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from dgefx.ambient import working_dtype
 from dgefx.config import DGEConfig
-from dgefx.kernels.layout import has_parts
 from dgefx.passes.capture import Call
-from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.forms import randomise_constants
+from dgefx.passes.probe_calls import call_in_type, call_of_images, pick_images
 from dgefx.passes.rewrite import BlockPlan
-from dgefx.passes.sizes import call_at
 from dgefx.passes.trace import copy_block
 from dgefx.passes.verify import (
     converted_copy,
@@ -33,235 +26,6 @@ from dgefx.passes.verify import (
 )
 from dgefx.passes.worlds import Refused
 from dgefx.precision import in_type
-
-#: of a gradient, relative to its own norm and to that of all of them; float32 inside the block (a
-#: norm that casts) leaves 1e-6 even in float64
-_OWN, _ALL = 1e-4, 1e-6
-_OWN_FLOAT32, _ALL_FLOAT32 = 1e-2, 1e-4
-#: how much larger a second loss is
-_LARGE = 1e4
-#: side of a grid on which a backward pass is quick
-_FEW = 4
-
-#: a block's plan, its call and the shape of its stream
-_Asked = tuple[BlockPlan, Call, tuple[int, ...]]
-
-
-def verify_gradients(
-    dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
-) -> None:
-    """Compare the gradients of the stream and of all parameters at the finest granularity, in train
-    mode without chance and, where there is more in it then, in eval mode. In float64 or, where the
-    block has float32 written into it or gives something else in float64 (SDPA takes a float32 mask
-    for one of float64), in float32.
-
-    Routed by detail, whatever `config` asks for: learned gates have gradients of their own.
-
-    Raises:
-        Refused: they differ.
-    """
-    config = DGEConfig(config.granularities, config.region, budget=config.budget)
-    both = plan.eval_calls_more or bool(plan.functions)
-    # a backward pass of the user's may do anything, and a branch on a size with gradients in it
-    seen = not plan.functions and not any(map(_has_backward_hooks, dense.modules()))
-    for training in (True, False) if both else (True,):
-        less = _on_less(plan, call, shape) if seen else iter(())
-        if not _hold_on_one(dense, less, config, training):
-            _verify_gradients(dense, (plan, call, shape), config, training)
-
-
-def _has_backward_hooks(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or module._backward_pre_hooks)
-
-
-def _on_less(plan: BlockPlan, call: Call, shape: tuple[int, ...]) -> Iterator[_Asked]:
-    """Smaller grids, the smallest first, then one image: a backward pass in float64 on all tokens
-    may take longer than all else."""
-    layout = plan.layout
-    grids = [layout.grid]
-    asks = any(guards.questions for guards in plan.guards)
-    whole = plan.windows is None and layout.places is None and not has_parts(layout.order)
-    if whole and not asks:
-        while min(grids[-1]) > _FEW:
-            height, width = grids[-1]
-            grids.append((-(-height // 2), -(-width // 2)))
-    for grid in grids[:0:-1]:
-        small = dataclasses.replace(layout, grid=grid)
-        fewer = dataclasses.replace(plan.unasked(), layout=small, reference=None)
-        yield fewer, call_at(call, plan, shape, grid)[0], layout.shape_at(shape, grid)
-    if plan.numbers_images:
-        return
-    axis = layout.axis("B")
-    one = (*shape[:axis], 1, *shape[axis + 1 :])
-    yield plan, _of_images(call, plan, shape, torch.zeros(1, dtype=torch.int64)), one
-
-
-def _hold_on_one(
-    dense: nn.Module, asked: Iterator[_Asked], config: DGEConfig, training: bool
-) -> bool:
-    """Whether the gradients were compared on the first of these that the block takes, and are
-    equal there."""
-    try:
-        for one in asked:
-            if _verify_gradients(dense, one, config, training):
-                return True
-    except Exception:  # the block may do something else there, or fail
-        return False
-    return False
-
-
-def _verify_gradients(dense: nn.Module, asked: _Asked, config: DGEConfig, training: bool) -> bool:
-    """Whether there was anything to compare."""
-    plan, call, shape = asked
-    refused: Refused | None = None
-    for dtype, own, whole in (
-        (torch.float64, _OWN, _ALL),
-        (torch.float32, _OWN_FLOAT32, _ALL_FLOAT32),
-    ):
-        if dtype not in plan.guards[int(training)].types:
-            continue
-        # a backward pass of the user's may clip
-        scales = (1.0, _LARGE) if plan.functions else (1.0,)
-        given = (dense, plan, call, shape, config, dtype, training)
-        pairs = [pair for scale in scales if (pair := _both_gradients(*given, scale)) is not None]
-        compared = (_compared(plan, *pair, own, whole) for pair in pairs)
-        refused = next((other for other in compared if other is not None), None)
-        if pairs and refused is None:
-            return True
-    if refused is not None:
-        raise refused
-    return False
-
-
-def _compared(
-    plan: BlockPlan,
-    found: dict[str, Tensor],
-    wanted: dict[str, Tensor],
-    own: float,
-    whole: float,
-) -> Refused | None:
-    """What differs.
-
-    Args:
-        own, whole: allowed, of a gradient itself and of all of them.
-    """
-    total = sum(float(g.norm()) ** 2 for g in wanted.values()) ** 0.5
-    for name, gradient in wanted.items():
-        error = float((found[name] - gradient).norm())
-        if not error <= own * float(gradient.norm()) + whole * total:
-            return _other_gradient(plan, name, error, gradient)
-    return None
-
-
-def _other_gradient(plan: BlockPlan, name: str, error: float, wanted: Tensor) -> Refused:
-    if plan.functions:
-        return Refused(
-            f"its gradients would be others: {' and '.join(plan.functions)} has a backward pass of "
-            f"its own, which the converted block would leave out",
-            "other gradients",
-        )
-    if not float(wanted.norm()):
-        return Refused(
-            f"no gradient reaches {name} in it, and in the converted block one would: it stops "
-            f"them with torch.no_grad() or detach()",
-            "other gradients",
-        )
-    return Refused(
-        f"verification: the gradient of {name} differs from the dense block's by {error:.1e}, of "
-        f"{float(wanted.norm()):.1e}",
-        "verification failed",
-    )
-
-
-def _both_gradients(
-    dense: nn.Module,
-    plan: BlockPlan,
-    call: Call,
-    shape: tuple[int, ...],
-    config: DGEConfig,
-    dtype: torch.dtype,
-    training: bool,
-    scale: float,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """(of the converted block, of the dense one); None where the dense one has none.
-
-    Args:
-        scale: of the loss.
-    """
-    reference = copy_block(dense).train(training)
-    randomise_constants(reference)
-    noise = torch.randn(
-        stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(6)
-    )
-    try:
-        reference = in_type(reference, dtype)
-        other = copy_block(reference, True)
-        wanted = _gradients(reference, reference, plan, call, shape, noise, dtype, scale)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
-    converted = in_type(converted_copy(other, plan, config), dtype)
-    try:
-        return _gradients(converted, other, plan, call, shape, noise, dtype, scale), wanted
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        if dtype is torch.float64:
-            return None
-        if plan.functions:
-            raise _other_gradient(plan, "", 0.0, noise) from error
-        raise Refused(
-            f"verification: the backward pass of the converted block fails: {error}",
-            "verification failed",
-        ) from error
-
-
-def _gradients(
-    module: nn.Module,
-    holder: nn.Module,
-    plan: BlockPlan,
-    call: Call,
-    shape: tuple[int, ...],
-    noise: Tensor,
-    dtype: torch.dtype,
-    scale: float,
-) -> dict[str, Tensor]:
-    """Gradients by name; zeros where there is none.
-
-    Args:
-        holder: whose parameters are asked for; `module` runs on them.
-    """
-    wanted = {n: p for n, p in holder.named_parameters() if p.is_floating_point()}
-    for parameter in wanted.values():
-        parameter.requires_grad_(True)
-    stream = noise.to(stream_of(call, plan, shape)).to(dtype).requires_grad_(True)
-    wanted["its input"] = stream  # type: ignore[assignment]
-    args, kwargs = _in_type(replaced_stream(call, plan, shape, stream), dtype)
-    for index, value in enumerate(pytree.tree_leaves((args, kwargs))):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf:
-            wanted[f"input {index}"] = value.requires_grad_(True)  # type: ignore[assignment]
-    random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-    with torch.enable_grad(), WithoutChance(), random:
-        seed_all(0)  # `nn.MultiheadAttention` has chance of its own
-        output = output_tensors(module(*args, **kwargs))[0]
-        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
-        loss = scale * (output * weights.to(output)).sum()
-        gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
-        if loss.requires_grad:  # not under `torch.no_grad()` in the block
-            gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(value) if gradient is None else gradient
-        for (name, value), gradient in zip(wanted.items(), gradients, strict=True)
-    }
-
-
-def _in_type(call: Call, dtype: torch.dtype) -> Call:
-    """The call with other floating point tensors of this type, on copies."""
-
-    def cast(value: Tensor) -> Tensor:
-        if value.requires_grad:
-            return value * 1.0  # a block may write into its input
-        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
-
-    made: Call = pytree.tree_map_only(Tensor, cast, call)
-    return made
 
 
 def verify_type(
@@ -294,11 +58,11 @@ def verify_type(
     probe = replaced_stream(call, plan, shape, stream)
     with torch.no_grad():
         try:
-            args, kwargs = _in_type(probe, dtype)
+            args, kwargs = call_in_type(probe, dtype)
             wanted = output_tensors(reference(*args, **kwargs))[0]
         except (RuntimeError, TypeError, NotImplementedError):  # not on this device
             return
-        args, kwargs = _in_type(probe, dtype)
+        args, kwargs = call_in_type(probe, dtype)
         converted = in_type(converted_copy(copy_block(reference, True), plan, config), dtype)
         try:
             found = output_tensors(converted(*args, **kwargs))[0]
@@ -330,19 +94,19 @@ def verify_images(
     images = shape[plan.layout.axis("B")]
     for count in (1, 3):
         chosen = torch.arange(count) % images
-        probe = _of_images(call, plan, shape, chosen)
-        stream = _stream_axis(stream_of(call, plan, shape), plan, chosen)
+        probe = call_of_images(call, plan, shape, chosen)
+        stream = pick_images(stream_of(call, plan, shape), plan, chosen)
         with torch.no_grad():
             reference = copy_block(dense).eval()
             randomise_constants(reference)
             converted = converted_copy(copy_block(reference, True), plan, config)
             try:
-                args, kwargs = _in_type(probe, stream.dtype)
+                args, kwargs = call_in_type(probe, stream.dtype)
                 wanted = output_tensors(reference(*args, **kwargs))[0]
             except Exception:  # user code may raise anything
                 continue
             try:
-                args, kwargs = _in_type(probe, stream.dtype)
+                args, kwargs = call_in_type(probe, stream.dtype)
                 found = output_tensors(converted(*args, **kwargs))[0]
                 same = is_close(found, wanted, 0 * stream if plan.layout.update else stream)
             except (RuntimeError, IndexError, ValueError, TypeError):
@@ -353,23 +117,3 @@ def verify_images(
                 f"images: for {count} it does something else",
                 "follows the batch size",
             )
-
-
-def _stream_axis(stream: Tensor, plan: BlockPlan, chosen: Tensor) -> Tensor:
-    return stream.index_select(plan.layout.axis("B"), chosen.to(stream.device))
-
-
-def _of_images(call: Call, plan: BlockPlan, shape: tuple[int, ...], chosen: Tensor) -> Call:
-    """The call with these images of the stream, and of all that has as many on its first axis."""
-    images = shape[plan.layout.axis("B")]
-    stream = stream_of(call, plan, shape)
-
-    def pick(value: Any) -> Any:
-        if value is stream:
-            return _stream_axis(stream, plan, chosen)
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == images:
-            return value.index_select(0, chosen.to(value.device))
-        return value
-
-    made: Call = pytree.tree_map(pick, call)
-    return made
