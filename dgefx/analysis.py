@@ -417,7 +417,10 @@ def _plan_site(
         plan = bound(block, plan, call, shape, config)
         if plan.eval_key is not None:
             twins.bound[plan.eval_key] = plan
-    return with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
+    plan = with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
+    if plan.gradient_key is not None:
+        twins.formed.setdefault(plan.gradient_key, plan)
+    return plan
 
 
 def _verify_once(
@@ -438,12 +441,13 @@ def _verify_once(
     verify_block(block, plan, call, shape, config, twin_passed=passed)
     if passed:
         return
-    key = plan.gradient_key
-    if key is None or key not in twins.compared:
-        verify_gradients(block, plan, call, shape, config)
-        twins.compared.add(key)
+    if plan.gradient_key in twins.compared:
+        return
+    verify_gradients(block, plan, call, shape, config)
     if plan.numbers_images:
         verify_images(block, plan, call, shape, config)
+    if plan.gradient_key is not None:
+        twins.compared.add(plan.gradient_key)
 
 
 def _why(work: nn.Module, site: Site, call: Call, constant: bool) -> Reason | None:

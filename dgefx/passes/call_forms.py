@@ -54,8 +54,15 @@ def with_forms(
         )
     example = CallSpec.of(block, *call)
     names = _masks(example)
-    plan = _with_alike(block, plan, call, shape, example, names)
-    return MaskForms(block, plan, call, shape, config, twins, example).run(names) if names else plan
+    like = None if plan.gradient_key is None else twins.formed.get(plan.gradient_key)
+    if like is None:
+        plan = _with_alike(block, plan, call, shape, example, names)
+    else:
+        alike = dataclasses.replace(plan.spec, alike=like.spec.alike)
+        plan = dataclasses.replace(plan, spec=alike)
+    if not names or (like is not None and not like.forms):
+        return plan
+    return MaskForms(block, plan, call, shape, config, twins, example, like is not None).run(names)
 
 
 def _masks(spec: CallSpec) -> list[str]:

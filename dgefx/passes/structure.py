@@ -231,6 +231,16 @@ def _value(node: fx.Node, trace: Trace, stream: fx.Node) -> Hashable:
     return _frozen(value)
 
 
+def _called(trace: Trace, name: str) -> Hashable:
+    """What the split may ask about a module that is called: of one that works on every token alike,
+    whatever it holds, its weights."""
+    module = trace.root.get_submodule(name)
+    if name not in trace.apart:
+        return _module(module, _weights)
+    held = itertools.chain(module.named_parameters(), module.named_buffers())
+    return type(module), tuple((key, _weights(value)) for key, value in held)
+
+
 def structure(trace: Trace, stream: fx.Node, layout: Layout) -> Hashable | None:
     """All but the mode that decides how a traced block is split; None if it cannot be told.
 
@@ -247,7 +257,7 @@ def structure(trace: Trace, stream: fx.Node, layout: Layout) -> Hashable | None:
                 (node.op, node.target, node.name),
                 _frozen((node.args, node.kwargs), numbers, op_name(node, trace.root) in _SCALES),
                 _value(node, trace, stream),
-                _module(trace.root.get_submodule(node.target), _weights) if called else None,
+                _called(trace, str(node.target)) if called else None,
             )
         return tuple(found)
 

@@ -104,13 +104,15 @@ class Twins:
     """The splits of one conversion so far.
 
     plans: of whole blocks, by `call_structure`. bound: those of verified blocks, bound to their
-        sizes, by `eval_key`. compared: whose gradients were, by `gradient_key`.
+        sizes, by `eval_key`. compared: `gradient_key` of those whose gradients and batch sizes
+        were. formed: those with all forms of their calls, by `gradient_key`.
     """
 
     def __init__(self) -> None:
         self.plans: dict[Hashable, BlockPlan] = {}
         self.bound: dict[Hashable, BlockPlan] = {}
         self.compared: set[Hashable] = set()
+        self.formed: dict[Hashable, BlockPlan] = {}
         self._found: dict[Hashable, Split] = {}
 
     def split(
