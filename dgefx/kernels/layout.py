@@ -51,7 +51,9 @@ def from_tokens(tokens: Tensor, order: str, grid: tuple[int, int]) -> Tensor:
     if order == "BHWC":
         return tokens.unflatten(1, grid)
     if order == "BCHW":
-        return tokens.transpose(1, 2).unflatten(2, grid)
+        # not transposed before it is cut into rows: of one image that gives a stride of C between
+        # images, which PyTorch's batch norm takes for another layout in its backward pass
+        return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
     if order == "NBC":
         return tokens.transpose(0, 1)
     if order == "BCN":
