@@ -308,8 +308,8 @@ def plan_block(
         ),
         functions=tuple(dict.fromkeys(traces[0].functions + traces[1].functions)),
         numbers_images=any(_numbers_images(t, layout, shape, rank) for t in traces),
-        # of the traces: movement that a generated graph leaves out may stop gradients
         attributes=_attributes(block, evaluated.graph, trained.graph),
+        # of the traces: movement that a generated graph leaves out may stop gradients
         eval_calls_more=not _calls(traces[0].graph) <= _calls(traces[1].graph),
         reference=evaluated.reference if first.owner == name else None,
     )

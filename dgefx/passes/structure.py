@@ -135,6 +135,11 @@ def _frozen(
     return (type(value), value) if isinstance(value, _PLAIN) else _Same(value)
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that may change gradients."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def _module(
     module: nn.Module,
     buffers: Callable[[Tensor], Hashable],
@@ -154,9 +159,7 @@ def _module(
         return first.setdefault(id(part), name)
 
     for name, part in module.named_modules(remove_duplicate=False):
-        if part._forward_hooks or part._forward_pre_hooks:
-            raise _Unknown
-        if part._backward_hooks or part._backward_pre_hooks:
+        if part._forward_hooks or part._forward_pre_hooks or has_backward_hooks(part):
             raise _Unknown
         own = {k: v for k, v in vars(part).items() if k not in _OWN_ATTRIBUTES}
         found.append(

@@ -21,6 +21,7 @@ from dgefx.passes.forms import randomise_constants
 from dgefx.passes.probe_calls import call_in_type, call_of_images
 from dgefx.passes.rewrite import BlockPlan
 from dgefx.passes.sizes import call_at
+from dgefx.passes.structure import has_backward_hooks
 from dgefx.passes.trace import copy_block
 from dgefx.passes.verify import converted_copy, output_tensors, replaced_stream, stream_of
 from dgefx.passes.worlds import Refused
@@ -54,16 +55,12 @@ def verify_gradients(
     """
     config = DGEConfig(config.granularities, config.region, budget=config.budget)
     both = plan.eval_calls_more or bool(plan.functions)
-    # a backward pass of the user's may do anything, and a branch on a size with gradients in it
-    seen = not plan.functions and not any(map(_has_backward_hooks, dense.modules()))
+    # a backward pass of the user's may do on all tokens what it does not on few
+    seen = not plan.functions and not any(map(has_backward_hooks, dense.modules()))
     for training in (True, False) if both else (True,):
         less = _on_less(plan, call, shape) if seen else iter(())
         if not _hold_on_one(dense, less, config, training):
             _verify_gradients(dense, (plan, call, shape), config, training)
-
-
-def _has_backward_hooks(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _on_less(plan: BlockPlan, call: Call, shape: tuple[int, ...]) -> Iterator[_Asked]:
@@ -220,15 +217,17 @@ def _gradients(
     Args:
         holder: whose parameters are asked for; `module` runs on them.
     """
-    wanted = {n: p for n, p in holder.named_parameters() if p.is_floating_point()}
+    wanted: dict[str, Tensor] = {
+        n: p for n, p in holder.named_parameters() if p.is_floating_point()
+    }
     for parameter in wanted.values():
         parameter.requires_grad_(True)
     stream = noise.to(stream_of(call, plan, shape)).to(dtype).requires_grad_(True)
-    wanted["its input"] = stream  # type: ignore[assignment]
+    wanted["its input"] = stream
     args, kwargs = call_in_type(replaced_stream(call, plan, shape, stream), dtype)
     for index, value in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf:
-            wanted[f"input {index}"] = value.requires_grad_(True)  # type: ignore[assignment]
+            wanted[f"input {index}"] = value.requires_grad_(True)
     random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
     with torch.enable_grad(), WithoutChance(), random:
         seed_all(0)  # `nn.MultiheadAttention` has chance of its own
