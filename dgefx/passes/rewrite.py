@@ -76,7 +76,7 @@ class BlockPlan:
     image_source: ImageSource | None = None  # without `hook_source`, see `passes.grid_sources`
     copy_of: str = ""  # the block that differs from it in its parameters only, if any
     forms: tuple[CallForm, ...] = ()  # other ways to call it, see `passes.call_forms`
-    #: plain attributes that it reads, as the example run left them
+    #: buffers and plain attributes that it reads, as the example run left them
     attributes: dict[str, Tensor] = field(default_factory=dict)
     eval_calls_more: bool = False  # in eval mode it has calls that it has not in train mode
     reference: CoarseReference | None = None  # in eval mode; of blocks that were split themselves
@@ -211,17 +211,27 @@ def _calls(graph: fx.Graph) -> Counter[tuple[str, ...]]:
     )
 
 
+def _kept(block: nn.Module, target: str) -> Tensor | None:
+    """A buffer or a plain attribute."""
+    try:
+        return block.get_buffer(target)
+    except AttributeError:
+        return attribute_of(block, target)
+
+
 def _attributes(block: nn.Module, *graphs: fx.Graph) -> dict[str, Tensor]:
-    """The plain attributes that graphs read."""
+    """The buffers and plain attributes that graphs read."""
     names = {str(n.target) for graph in graphs for n in graph.nodes if n.op == "get_attr"}
-    found = ((name, attribute_of(block, name)) for name in sorted(names))
+    found = ((name, _kept(block, name)) for name in sorted(names))
     return {name: value for name, value in found if value is not None}
 
 
 def _fill(dense: nn.Module, attributes: dict[str, Tensor]) -> None:
-    """Give a block what its first call would leave in it: a cache that is filled once."""
+    """Give a block what its first call would leave in it: a cache that is filled once, or a table
+    that is made anew for another size."""
     for target, value in attributes.items():
-        if attribute_of(dense, target) is None:
+        kept = _kept(dense, target)
+        if kept is None or kept.shape != value.shape:
             owner, _, name = target.rpartition(".")
             kind = floating_type(dense) if value.is_floating_point() else value.dtype
             setattr(dense.get_submodule(owner), name, value.detach().to(kind, copy=True))

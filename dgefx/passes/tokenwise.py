@@ -8,6 +8,8 @@ Only what mixes tokens, or is wanted by rows (a fused projection), is traced thr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,10 +35,25 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
     """
     if not value.is_floating_point() or value.dim() < 3:
         return False
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _left_as_it_was(module):
         # a module for (B, C, H, W) has its features on axis 1
         last = value.dim() - 1
         return any(_is_apart(module, value, axis) for axis in ((last, 1) if last > 2 else (last,)))
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Forgets what forward keeps for the few tokens that are tried: the trace would read it."""
+    own = [vars(part) for part in module.modules()]
+    kept = [*own, *(v for held in own for v in held.values() if isinstance(v, (dict, list)))]
+    before = [held.copy() for held in kept]
+    try:
+        yield
+    finally:
+        for held, content in zip(kept, before, strict=True):
+            held.clear()
+            (held.update if isinstance(held, dict) else held.extend)(content)
 
 
 class _NoPart(TorchFunctionMode):

@@ -379,6 +379,31 @@ class CachesInAttention(UserAttention):
         return x * self.cache
 
 
+class TableOfSize(UserAttention):
+    """As in ConViT: made anew for other numbers of tokens, of any number that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype)[:, None]
+        return super().forward(x) * self.table
+
+
+class TableBelow(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = TableOfSize()
+
+
+def test_a_table_of_the_size_is_that_of_all_tokens() -> None:
+    dense = UserModel(TableBelow).eval()
+    converted = finest(dense, X)
+    assert error(converted(X), dense(X)) < 1e-5
+
+
 class CachesBelow(UserBlock):
     def __init__(self) -> None:
         super().__init__()
