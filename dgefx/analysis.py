@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from dgefx.ambient import eager, working_dtype
 from dgefx.config import DGEConfig
+from dgefx.copying import deep_copy
 from dgefx.exported import is_exported_module
 from dgefx.inputs import batch_size, resolve_inputs, run_example
 from dgefx.nn.block import DGEBlock
@@ -180,40 +181,6 @@ def check_model(model: Any) -> None:
                 f"submodule {name} is the module of an exported program, which refuses eval(); "
                 f"convert it alone, as dgefx.convert(model.{name}), and put the result in its place"
             )
-
-
-def deep_copy(model: nn.Module) -> nn.Module:
-    """A copy to work on.
-
-    Raises:
-        ValueError: it cannot be copied, and what to do.
-    """
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        hint = _computed_tensor(model)
-        raise ValueError(
-            f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
-            f"copy so that a failure leaves the model as it was{hint}"
-        ) from error
-
-
-def _computed_tensor(model: nn.Module) -> str:
-    """What to do about a tensor that was computed with gradients: a weight that a hook computes
-    from others before every forward, or what a forward left behind."""
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if not isinstance(value, Tensor) or value.is_leaf:
-                continue
-            found = f". {name}.{key}".replace(" .", " ")
-            if {f"{key}_orig", f"{key}_g"} & set(module._parameters):
-                return (
-                    f"{found} is computed from other parameters: make it one before, with "
-                    f"torch.nn.utils.prune.remove(module, {key!r}) after pruning, "
-                    f"torch.nn.utils.remove_weight_norm or remove_spectral_norm"
-                )
-            return f"{found} is left of a forward with gradients: set it to None before"
-    return ""
 
 
 def working_copy(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -14,6 +13,7 @@ from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
 from dgefx.calibrate import calibrate, check_gamma
 from dgefx.calibration.images import check_iterable
 from dgefx.config import DGEConfig
+from dgefx.copying import deep_copy
 from dgefx.example import describe_call
 from dgefx.exported import as_module, exported_inputs
 from dgefx.nn.block import DGEBlock
@@ -123,7 +123,7 @@ def convert(
             stacklevel=3,
         )
     chosen = _solve(analysis, value)
-    target = dense if inplace else copy.deepcopy(dense)
+    target = dense if inplace else deep_copy(dense)
     with undone_on_error(target):
         install_analysis(target, analysis, value, chosen)
         return target if calibration is None else calibrate(target, calibration)
@@ -211,7 +211,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     check_unsharded(model, "revert")
     inner = unwrap(model)
     if not inplace:
-        return _revert(copy.deepcopy(inner))
+        return _revert(deep_copy(inner))
     with undone_on_error(inner):
         return _revert(inner)
 

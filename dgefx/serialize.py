@@ -15,9 +15,10 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from dgefx.ambient import neutral
-from dgefx.analysis import Analysis, analyse, check_model, deep_copy
+from dgefx.analysis import Analysis, analyse, check_model
 from dgefx.config import DGEConfig
 from dgefx.convert import install_analysis
+from dgefx.copying import deep_copy
 from dgefx.example import describe_tensor
 from dgefx.exported import as_module
 from dgefx.kernels.correction import Correction

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgefx.kernels.autocast import autocast_dtype
 from dgefx.nn.code import GraphCode
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -143,8 +144,7 @@ class Guards:
             )
         if self.questions is not None:
             self._ask(label, leaves)
-        kind = stream.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        cast = autocast_dtype(stream.device.type)
         if cast is not None and (self.knows_autocast or cast not in self.types):
             raise ValueError(
                 f"block {label} switches autocast off inside, asks whether it is on, or decides by "

@@ -29,7 +29,8 @@ _SHAPED_BY_DATA = frozenset(
 @dataclass
 class Decisions:
     """values: of the nodes of a trace. branches: what bool() was asked of. numbers: of what int(),
-    float(), len() or a loop made a number. dtype: the floating type that the block is traced for,
+    float(), len() or a loop made a number. looked_into: devices and types whose names code looked
+    into. dtype: the floating type that the block is traced for,
     although the trace runs in `base`. fixed: whether the types of values are constants.
     """
 
@@ -38,6 +39,7 @@ class Decisions:
     base: torch.dtype = field(default_factory=working_dtype)
     branches: list[fx.Node] = field(default_factory=list)
     numbers: list[fx.Node] = field(default_factory=list)
+    looked_into: list[Any] = field(default_factory=list)
     fixed: bool = False
 
     def branch(self, node: fx.Node) -> bool:
@@ -80,7 +82,9 @@ class Decisions:
 
     def asks_device(self) -> bool:
         """Whether a branch follows the device."""
-        return self._asked("device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device")
+        named = any(isinstance(value, torch.device) for value in self.looked_into)
+        asked = self._asked("device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device")
+        return named or asked
 
     def _asked(self, *names: str) -> bool:
         """Whether a branch follows one of these attributes or methods of a tensor."""
@@ -93,7 +97,8 @@ class Decisions:
 
     def only_here(self) -> bool:
         """Whether it cannot be told what the branches are in another type."""
-        return self.fixed or self._asked("type", "nbytes")
+        named = any(isinstance(value, torch.dtype) for value in self.looked_into)
+        return self.fixed or named or self._asked("type", "nbytes")
 
     def types(self) -> frozenset[torch.dtype]:
         """The floating types in which every branch is the one that was taken."""

@@ -45,6 +45,7 @@ from dgefx.passes.mutation import (
     tensors_of,
 )
 from dgefx.passes.ops import op_name
+from dgefx.passes.text import Text
 from dgefx.passes.tokenwise import keeps_tokens_apart
 
 #: results that are numbers or booleans made of the elements of a tensor
@@ -83,6 +84,12 @@ class ConcolicProxy(fx.Proxy):
 
     def __len__(self) -> int:
         return len(self.tracer.counted(self))
+
+    def __str__(self) -> str:
+        value = self._value
+        if isinstance(value, (torch.device, torch.dtype)):
+            return Text(str(value), lambda: self.tracer.decisions.looked_into.append(value))
+        return super().__repr__()
 
     def __index__(self) -> int:
         return operator.index(self.tracer.fixed(self))

@@ -177,7 +177,8 @@ def _both_gradients(
     Args:
         scale: of the loss.
     """
-    reference = copy_block(dense).train(training)
+    # by way of train mode: caches that the example run filled, without gradients, are emptied there
+    reference = copy_block(dense).train().train(training)
     randomise_constants(reference)
     noise = torch.randn(
         stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(6)

@@ -6,7 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -117,6 +117,35 @@ def clamp_infinite(h: Tensor) -> Tensor:
 def test_a_clamp_of_what_is_not_finite_is_the_same_in_every_type() -> None:
     converted = finest(UserModel(with_change("", clamp_infinite)).half().eval())
     assert bool(torch.isfinite(converted(X.half())).all())
+
+
+def clamp_named(h: Tensor) -> Tensor:
+    return h.clamp(-1e-3, 1e-3) if "float16" in str(h.dtype) else h
+
+
+def test_a_branch_on_the_name_of_the_type_is_noticed() -> None:
+    dense = UserModel(with_change("attn", clamp_named)).eval()
+    converted = finest(dense)
+    assert error(converted(X), dense(X)) < 1e-5
+    with pytest.raises(ValueError, match=r"blocks\.0 decides by the floating type"):
+        converted.half()(X.half())
+
+
+def named_device(h: Tensor) -> Tensor:
+    return h * 2 if str(h.device).startswith("meta") else h
+
+
+@torch.no_grad()
+def test_a_branch_on_the_name_of_the_device_is_noticed() -> None:
+    converted = finest(UserModel(with_change("attn", named_device)).eval())
+    with pytest.raises(ValueError, match=r"blocks\.0 decides by the device"):
+        converted.to("meta")(X.to("meta"))
+
+
+@torch.no_grad()
+def test_the_name_of_the_device_as_a_key_decides_nothing() -> None:
+    converted = finest(UserModel(DictionaryBelow).eval())
+    assert converted.to("meta")(X.to("meta")).is_meta
 
 
 def masked_by_limit(h: Tensor) -> Tensor:
@@ -420,6 +449,42 @@ def test_a_cache_that_is_filled_once_converts(make: Any, dtype: torch.dtype) -> 
     assert part.mask is None if make is Caches else part.cache is None
     assert error(converted(x), dense(x)) < 1e-5
     assert error(dgefx.revert(converted)(x), dense(x)) < 1e-5
+
+
+class CachesInDictionary(UserAttention):
+    """As in LeViT and TinyViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.randn(DIM))
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        self.cache = {} if mode else self.cache
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x) * (self.slope * 2)
+        if str(x.device) not in self.cache:
+            self.cache[str(x.device)] = self.slope * 2
+        return super().forward(x) * self.cache[str(x.device)]
+
+
+class DictionaryBelow(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = CachesInDictionary()
+
+
+def test_a_model_that_ran_with_gradients_converts() -> None:
+    dense = UserModel(DictionaryBelow).eval()
+    dense(X)
+    converted = finest(dense, X)
+    assert list(dense.blocks[0].attn.cache) == ["cpu"]
+    assert error(converted(X), dense(X)) < 1e-5
+    assert error(dgefx.revert(converted)(X), dense(X)) < 1e-5
+    assert_same_gradients(converted.train(), dense.train())
 
 
 def scale_of(model: Any) -> None:

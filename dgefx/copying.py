@@ -1,0 +1,63 @@
+"""`deep_copy`: a model to work on, so that a failure leaves the user's as it was.
+
+Used by `convert`, `revert`, `load` and `passes`' working copy in `analysis`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy, without what a forward with gradients left in dictionaries: tensors that are made
+    again where they are missed, as the cached attention biases of LeViT.
+
+    Raises:
+        ValueError: it cannot be copied, and what to do.
+    """
+    try:
+        return copy.deepcopy(model, _without_caches(model))
+    except Exception as error:
+        hint = _computed_tensor(model)
+        raise ValueError(
+            f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
+            f"copy so that a failure leaves the model as it was{hint}"
+        ) from error
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
+
+
+def _without_caches(model: nn.Module) -> dict[int, Any]:
+    """id -> copy of the dictionaries that hold what has a gradient function, as `deepcopy` takes
+    copies that are made already."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in vars(module).values():
+            if type(held) is dict and any(map(_is_computed, held.values())):
+                made[id(held)] = {
+                    k: copy.deepcopy(v) for k, v in held.items() if not _is_computed(v)
+                }
+    return made
+
+
+def _computed_tensor(model: nn.Module) -> str:
+    """What to do about a tensor that was computed with gradients: a weight that a hook computes
+    from others before every forward, or what a forward left behind."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if not _is_computed(value):
+                continue
+            found = f". {name}.{key}".replace(" .", " ")
+            if {f"{key}_orig", f"{key}_g"} & set(module._parameters):
+                return (
+                    f"{found} is computed from other parameters: make it one before, with "
+                    f"torch.nn.utils.prune.remove(module, {key!r}) after pruning, "
+                    f"torch.nn.utils.remove_weight_norm or remove_spectral_norm"
+                )
+            return f"{found} is left of a forward with gradients: set it to None before"
+    return ""
