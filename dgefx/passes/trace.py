@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
 import itertools
 import operator
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +57,7 @@ _ASKS_OF_GRADIENTS = frozenset(
     "requires_grad grad grad_fn is_leaf register_hook retain_grad requires_grad_ is_inference "
     "register_post_accumulate_grad_hook".split()
 )
+_UNPACK = dis.opmap["UNPACK_SEQUENCE"]
 #: what blocks ask before they clamp half precision; the same for all sane data
 _GUARDS_OVERFLOW = frozenset({"isfinite", "isinf", "isnan"})
 
@@ -118,6 +121,15 @@ class ConcolicProxy(fx.Proxy):
 
     def __contains__(self, item: Any) -> bool:
         return item in self._value
+
+    def __iter__(self) -> Iterator[Any]:
+        """`a, b = x` says itself how many there are, and decides nothing by it. As that of
+        `fx.Proxy`, which disassembles all of the block's code to know."""
+        frame = sys._getframe(1)
+        code, place = frame.f_code.co_code, frame.f_lasti
+        if code[place] == _UNPACK:
+            return (self[index] for index in range(code[place + 1]))  # type: ignore[index]
+        return self.tracer.iter(self)
 
     def __hash__(self) -> int:
         return id(self)
@@ -211,6 +223,10 @@ class ConcolicTracer(fx.Tracer):
             self.executing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        with self.own_code():
+            return self._is_leaf(m)
+
+    def _is_leaf(self, m: nn.Module) -> bool:
         # what keeps running statistics changes its buffers in training; some add an activation
         if m in self.leaves or isinstance(m, (nn.MultiheadAttention, _NormBase)) or _wraps_layer(m):
             return True
@@ -223,24 +239,26 @@ class ConcolicTracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
         """As that of `fx.Tracer`, but nothing that another thread runs is touched."""
-        know_proxies(ConcolicProxy)
-        _LazyGraphModule.force_recompile(root)  # type: ignore[arg-type]
-        self.root = root
-        self.submodule_paths = {module: name for name, module in root.named_modules()}
-        self.graph = fx.Graph(tracer_cls=type(self))
-        self.tensor_attrs = {
-            value: f"{name}.{key}" if name else key
-            for name, module in root.named_modules()
-            for key, value in vars(module).items()
-            if isinstance(value, (Tensor, torch.ScriptObject))
-        }
-        run, args = self.create_args_for_root(type(root).forward, True, concrete_args)
         proxies: dict[str, Any] = {}
 
         def read(name: str, value: Any) -> Any:
             return self.getattr(name, value, proxies)
 
-        with watched_modules(root, self.call_module, read):
+        with contextlib.ExitStack() as watching:
+            with self.own_code():
+                know_proxies(ConcolicProxy)
+                _LazyGraphModule.force_recompile(root)  # type: ignore[arg-type]
+                self.root = root
+                self.submodule_paths = {module: name for name, module in root.named_modules()}
+                self.graph = fx.Graph(tracer_cls=type(self))
+                self.tensor_attrs = {
+                    value: f"{name}.{key}" if name else key
+                    for name, module in root.named_modules()
+                    for key, value in vars(module).items()
+                    if isinstance(value, (Tensor, torch.ScriptObject))
+                }
+                run, args = self.create_args_for_root(type(root).forward, True, concrete_args)
+                watching.enter_context(watched_modules(root, self.call_module, read))
             result = run(*args)
         self.create_node("output", "output", (self.create_arg(result),), {})
         self.submodule_paths = None
