@@ -94,6 +94,9 @@ class ConcolicProxy(fx.Proxy):
             return Text(str(value), lambda: self.tracer.decisions.looked_into.append(value))
         return super().__repr__()
 
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
     def __index__(self) -> int:
         return operator.index(self.tracer.fixed(self))
 
@@ -294,6 +297,9 @@ class ConcolicTracer(fx.Tracer):
     ) -> Any:
         if kind == "call_method" and target in _MADE_LIKE and isinstance(args[0], fx.Proxy):
             return self._made_like(target, args, kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Text):
+                value.look()
         with self.own_code():
             change = as_change(kind, target, kwargs)
             if change is not None:

@@ -135,9 +135,18 @@ def named_device(h: Tensor) -> Tensor:
     return h * 2 if str(h.device).startswith("meta") else h
 
 
+def formatted_device(h: Tensor) -> Tensor:
+    return h * 2 if f"{h.device}:0" == "meta:0" else h
+
+
+def moved_by_name(h: Tensor) -> Tensor:
+    return h.to(str(h.device))
+
+
 @torch.no_grad()
-def test_a_branch_on_the_name_of_the_device_is_noticed() -> None:
-    converted = finest(UserModel(with_change("attn", named_device)).eval())
+@pytest.mark.parametrize("change", [named_device, formatted_device, moved_by_name])
+def test_a_branch_on_the_name_of_the_device_is_noticed(change: Any) -> None:
+    converted = finest(UserModel(with_change("attn", change)).eval())
     with pytest.raises(ValueError, match=r"blocks\.0 decides by the device"):
         converted.to("meta")(X.to("meta"))
 
