@@ -11,15 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 
 
+_OWN = frozenset(vars(nn.Module()))
+
+
 def deep_copy(model: nn.Module) -> nn.Module:
-    """A copy, without what a forward with gradients left in dictionaries: tensors that are made
-    again where they are missed, as the cached attention biases of LeViT.
+    """A copy. What a forward with gradients left in dictionaries, as the cached attention biases of
+    LeViT, is copied without its gradient function.
 
     Raises:
         ValueError: it cannot be copied, and what to do.
     """
     try:
-        return copy.deepcopy(model, _without_caches(model))
+        return copy.deepcopy(model, _detached(model))
     except Exception as error:
         hint = _computed_tensor(model)
         raise ValueError(
@@ -32,17 +35,17 @@ def _is_computed(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_leaf
 
 
-def _without_caches(model: nn.Module) -> dict[int, Any]:
-    """id -> copy of the dictionaries that hold what has a gradient function, as `deepcopy` takes
-    copies that are made already."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for held in vars(module).values():
-            if type(held) is dict and any(map(_is_computed, held.values())):
-                made[id(held)] = {
-                    k: copy.deepcopy(v) for k, v in held.items() if not _is_computed(v)
-                }
-    return made
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """id -> copy of the tensors in dictionaries that were computed with gradients, as `deepcopy`
+    takes what is copied already."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for name, held in vars(module).items()
+        if name not in _OWN and isinstance(held, dict)
+        for value in held.values()
+        if _is_computed(value)
+    }
 
 
 def _computed_tensor(model: nn.Module) -> str:

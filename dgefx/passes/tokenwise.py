@@ -8,6 +8,7 @@ Only what mixes tokens, or is wanted by rows (a fused projection), is traced thr
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,14 +47,16 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Forgets what forward keeps for the few tokens that are tried: the trace would read it."""
     own = [vars(part) for part in module.modules()]
-    kept = [*own, *(v for held in own for v in held.values() if isinstance(v, (dict, list)))]
+    kept: list[Any] = [*own, *(part._buffers for part in module.modules())]
+    # those of a user's own class may do anything
+    kept += [v for held in own for v in held.values() if type(v) in (dict, OrderedDict, list)]
     before = [held.copy() for held in kept]
     try:
         yield
     finally:
         for held, content in zip(kept, before, strict=True):
             held.clear()
-            (held.update if isinstance(held, dict) else held.extend)(content)
+            (held.extend if isinstance(held, list) else held.update)(content)
 
 
 class _NoPart(TorchFunctionMode):

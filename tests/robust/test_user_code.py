@@ -486,6 +486,25 @@ class DictionaryBelow(UserBlock):
         self.attn = CachesInDictionary()
 
 
+class Prompted(UserBlock):
+    """A dictionary that is no cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts = {"mlp": self.mlp.fc1, "one": torch.ones(DIM, requires_grad=True) * 2}
+
+    def change(self, h: Tensor) -> Tensor:
+        return h + self.prompts["one"] if "one" in self.prompts else h
+
+
+def test_what_has_gradients_in_a_dictionary_is_no_cache() -> None:
+    dense = UserModel(Prompted).eval()
+    converted = finest(dense, X)
+    assert error(converted(X), dense(X)) < 1e-5
+    assert converted.blocks[0].prompts["mlp"] is converted.blocks[0].mlp.fc1
+    assert error(dgefx.revert(converted)(X), dense(X)) < 1e-5
+
+
 def test_a_model_that_ran_with_gradients_converts() -> None:
     dense = UserModel(DictionaryBelow).eval()
     dense(X)
