@@ -35,7 +35,7 @@ from dgefx.passes.lines import reason_lines
 from dgefx.passes.locate import Site, locate
 from dgefx.passes.outline import Outline, outline
 from dgefx.passes.refusals import KINDS, Reason, advice_lines
-from dgefx.passes.rewrite import BlockPlan, ImageSource, build_block, plan_block, put
+from dgefx.passes.rewrite import BlockPlan, ImageSource, build_block, fill, plan_block, put
 from dgefx.passes.sizes import bound
 from dgefx.passes.trace import TraceError
 from dgefx.passes.twins import Twins
@@ -200,8 +200,10 @@ def install(
         source = (plan.hook_source or plan.image_source, plan.layout.grid)
         if plan.needs_grid_shape and source not in shapes:
             shapes[source] = _grid_shape(model, plan)
+        dense = model.get_submodule(name)
+        fill(dense, plan)
         block = build_block(
-            model.get_submodule(name),
+            dense,
             plan,
             config,
             shapes.get(source),
@@ -384,10 +386,7 @@ def _plan_site(
         plan = bound(block, plan, call, shape, config)
         if plan.eval_key is not None:
             twins.bound[plan.eval_key] = plan
-    plan = with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
-    if plan.gradient_key is not None:
-        twins.formed.setdefault(plan.gradient_key, plan)
-    return plan
+    return with_forms(block, plan, call, shape, config, twins, plans.get(plan.copy_of))
 
 
 def _verify_once(

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
 _OWN = frozenset(vars(nn.Module()))
 
 

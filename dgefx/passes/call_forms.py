@@ -54,15 +54,18 @@ def with_forms(
         )
     example = CallSpec.of(block, *call)
     names = _masks(example)
-    like = None if plan.gradient_key is None else twins.formed.get(plan.gradient_key)
-    if like is None:
-        plan = _with_alike(block, plan, call, shape, example, names)
-    else:
-        alike = dataclasses.replace(plan.spec, alike=like.spec.alike)
-        plan = dataclasses.replace(plan, spec=alike)
-    if not names or (like is not None and not like.forms):
-        return plan
-    return MaskForms(block, plan, call, shape, config, twins, example, like is not None).run(names)
+    given = (call, shape, config, twins, example)
+    key = plan.gradient_key
+    if key is not None and key in twins.formed:
+        alike, held = twins.formed[key]
+        plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, alike=alike))
+        return MaskForms(block, plan, *given, held).run(names) if held else plan
+    plan = _with_alike(block, plan, call, shape, example, names)
+    masks = MaskForms(block, plan, *given)
+    formed = masks.run(names) if names else plan
+    if key is not None:
+        twins.formed[key] = plan.spec.alike, frozenset(masks.held)
+    return formed
 
 
 def _masks(spec: CallSpec) -> list[str]:

@@ -47,6 +47,8 @@ from dgefx.passes.worlds import Refused, block_flow
 _LARGEST = 2**25
 #: the dense block's result with a value for the argument of a name, None if it takes none such
 _Takes = Callable[[str, Tensor | None], Tensor | None]
+#: the argument, the place of its shape in `MASK_SHAPES` (None: left out), the grid it is planned on
+Held = tuple[str, int | None, tuple[int, int]]
 #: what tells the type of a tensor
 _READS_DTYPE = frozenset({"dtype", "is_floating_point", "is_complex", "type"})
 
@@ -57,7 +59,8 @@ class MaskForms:
     Args:
         block, plan, call, shape, config, twins: as `passes.call_forms.with_forms`.
         example: the spec of `call`.
-        verified: whether the forms are those of a block that runs the same code but for numbers.
+        known: the forms that hold in a block that runs the same code but for numbers; None: they
+            are to be found, and verified.
     """
 
     def __init__(
@@ -69,11 +72,12 @@ class MaskForms:
         config: DGEConfig,
         twins: Twins,
         example: CallSpec,
-        verified: bool = False,
+        known: frozenset[Held] | None = None,
     ) -> None:
         self.block, self.plan, self.call, self.shape = block, plan, call, shape
         self.config, self.twins, self.example = config, twins, example
-        self.verified = verified
+        self.known = known
+        self.held: set[Held] = set()
         self.images = plan.layout.images(shape)
         self.like = next(
             leaf
@@ -181,13 +185,17 @@ class MaskForms:
     ) -> bool:
         """Plan and verify one form; whether it holds."""
         for grid in self.grids:
+            form = (name, None if shape is None else MASK_SHAPES.index(shape), grid)
+            if self.known is not None and form not in self.known:
+                continue
             try:
                 plan, taken = self._planned(name, mask, shape, grid)
-                if not self.verified:
+                if self.known is None:
                     self._verify(plan, name, taken, shape)
             except Exception:  # without it, calls are told which forms there are
                 continue
             self._keep(plan, {**own, name: taken})
+            self.held.add(form)
             return True
         return False
 

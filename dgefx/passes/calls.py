@@ -99,6 +99,15 @@ class Calls:
         finally:
             sys.setprofile(self._note)
 
+    @contextmanager
+    def without_numpy(self) -> Iterator[None]:
+        """While active, numpy's random numbers may be drawn: by a module that stays a call."""
+        self._compare_numpy()
+        try:
+            yield
+        finally:
+            self._numpy = _numpy_state()
+
     def _compare_numpy(self) -> None:
         if _numpy_state() != self._numpy:
             self._refused = (

@@ -7,6 +7,7 @@ converted block, apart from the model it is put into. `passes.verify` decides wh
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -226,15 +227,35 @@ def _attributes(block: nn.Module, *graphs: fx.Graph) -> dict[str, Tensor]:
     return {name: value for name, value in found if value is not None}
 
 
-def _fill(dense: nn.Module, attributes: dict[str, Tensor]) -> None:
-    """Give a block what its first call would leave in it: a cache that is filled once, or a table
-    that is made anew for another size."""
-    for target, value in attributes.items():
-        kept = _kept(dense, target)
-        if kept is None or kept.shape != value.shape:
-            owner, _, name = target.rpartition(".")
-            kind = floating_type(dense) if value.is_floating_point() else value.dtype
-            setattr(dense.get_submodule(owner), name, value.detach().to(kind, copy=True))
+def fill(dense: nn.Module, plan: BlockPlan) -> None:
+    """Give a block of the user's model what its first call would leave in it: a cache that is
+    filled once, a table that is made anew for another size, and the size it was made for.
+
+    Raises:
+        ValueError: in which type it would, cannot be told.
+    """
+    for target, value in plan.attributes.items():
+        kept, own = _kept(dense, target), floating_type(dense)
+        if kept is not None and kept.shape == value.shape and kept.to(value.dtype).equal(value):
+            continue
+        if value.is_floating_point() and own.itemsize < value.dtype.itemsize:
+            raise ValueError(
+                f"block {plan.name} makes {target} in its first call: call the model once with the "
+                f"example input before converting it, or convert it before model.to({own})"
+            )
+        kind = own if value.is_floating_point() else value.dtype
+        _set(dense, target, value.detach().to(kind, copy=True))
+    for setting in itertools.chain.from_iterable(guards.settings for guards in plan.guards):
+        module = dense.get_submodule(setting.module)
+        found = getattr(module, setting.name, None)
+        different = type(found) is not type(setting.value) or found != setting.value
+        if setting.name != "training" and different:
+            setattr(module, setting.name, setting.value)
+
+
+def _set(dense: nn.Module, target: str, value: Tensor) -> None:
+    owner, _, name = target.rpartition(".")
+    setattr(dense.get_submodule(owner), name, value)
 
 
 def plan_block(
@@ -352,7 +373,6 @@ def build_block(
         plan.only_here,
     )
     router.train(dense.training)
-    _fill(dense, plan.attributes)
     parameter = next(dense.parameters(), None)
     if parameter is not None:
         router.to(parameter.device)

@@ -1,4 +1,4 @@
-"""What `str` makes of a device or a floating type while a block is traced.
+"""What `str` makes of a device while a block is traced.
 
 As a key of a cache (`self.tables[str(x.device)]`, as in LeViT) it decides nothing; code that looks
 into it, as `str(x.device).startswith("mps")`, decides by it. Used by `passes.trace`.
@@ -37,6 +37,10 @@ class Text(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    def __radd__(self, before: str) -> str:
+        self.look()
+        return before + str.__str__(self)
+
     __hash__ = str.__hash__
 
 
@@ -50,5 +54,6 @@ def _looks(name: str) -> Any:
     return method
 
 
-for _name in "__contains__ __getitem__ __iter__ __len__ __add__ __mod__ __format__ __lt__".split():
-    setattr(Text, _name, _looks(_name))
+_LOOKS = "contains getitem iter len add mod format lt le gt ge"
+for _name in _LOOKS.split():
+    setattr(Text, f"__{_name}__", _looks(f"__{_name}__"))

@@ -88,11 +88,17 @@ class ConcolicProxy(fx.Proxy):
     def __len__(self) -> int:
         return len(self.tracer.counted(self))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         value = self._value
-        if isinstance(value, (torch.device, torch.dtype)):
-            return Text(str(value), lambda: self.tracer.decisions.looked_into.append(value))
+        if isinstance(value, torch.device):
+            return Text(str(value), lambda: self._look(value))
+        if isinstance(value, torch.dtype):
+            self._look(value)
+            return str(value)
         return super().__repr__()
+
+    def _look(self, value: Any) -> None:
+        self.tracer.decisions.looked_into.append(value)
 
     def __format__(self, spec: str) -> str:
         return format(str(self), spec)
@@ -123,6 +129,8 @@ class ConcolicProxy(fx.Proxy):
         return super().__call__(*args, **kwargs)
 
     def __contains__(self, item: Any) -> bool:
+        if isinstance(self._value, (Tensor, tuple, list)):
+            return any(part == item for part in self.tracer.iter(self))
         return item in self._value
 
     def __iter__(self) -> Iterator[Any]:
@@ -135,7 +143,10 @@ class ConcolicProxy(fx.Proxy):
         return self.tracer.iter(self)
 
     def __hash__(self) -> int:
-        return id(self)
+        value = self._value
+        if isinstance(value, torch.dtype):  # a set that it is not in asks no more
+            self._look(value)
+        return hash(value) if isinstance(value, (torch.dtype, torch.device)) else id(self)
 
 
 def _augmented(function: Any) -> Any:
@@ -347,7 +358,9 @@ class ConcolicTracer(fx.Tracer):
         return node
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        with self.own_code(), torch.no_grad():
+        calls_module = node.op == "call_module"
+        drawing = self.calls.without_numpy() if calls_module else contextlib.nullcontext()
+        with self.own_code(), torch.no_grad(), drawing:
             return run_node(node, self.root, args, kwargs)
 
     def _execute(self, node: fx.Node) -> Any:
@@ -465,7 +478,7 @@ class ConcolicTracer(fx.Tracer):
             return False
         value = self.versions.value(args[0].node)
         inside = [part for part in m.modules() if part in self.in_place]
-        with self.own_code():
+        with self.own_code(), self.calls.without_numpy():
             try:
                 for part in inside:
                     part.inplace = True  # type: ignore[assignment]

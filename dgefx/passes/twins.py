@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from dgefx.nn.callspec import Path
 from dgefx.passes.grid import Layout
 from dgefx.passes.mutation import tensors_of
 from dgefx.passes.split import SplitBlock, split
@@ -105,14 +106,15 @@ class Twins:
 
     plans: of whole blocks, by `call_structure`. bound: those of verified blocks, bound to their
         sizes, by `eval_key`. compared: `gradient_key` of those whose gradients and batch sizes
-        were. formed: those with all forms of their calls, by `gradient_key`.
+        were. formed: for which flags None and False are the same, and which forms of masks hold, by
+        `gradient_key`; see `passes.call_forms`.
     """
 
     def __init__(self) -> None:
         self.plans: dict[Hashable, BlockPlan] = {}
         self.bound: dict[Hashable, BlockPlan] = {}
         self.compared: set[Hashable] = set()
-        self.formed: dict[Hashable, BlockPlan] = {}
+        self.formed: dict[Hashable, tuple[frozenset[Path], frozenset[Any]]] = {}
         self._found: dict[Hashable, Split] = {}
 
     def split(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
@@ -123,8 +124,21 @@ def clamp_named(h: Tensor) -> Tensor:
     return h.clamp(-1e-3, 1e-3) if "float16" in str(h.dtype) else h
 
 
-def test_a_branch_on_the_name_of_the_type_is_noticed() -> None:
-    dense = UserModel(with_change("attn", clamp_named)).eval()
+def clamp_shown(h: Tensor) -> Tensor:
+    return h.clamp(-1e-3, 1e-3) if re.search("float16", f"{h.dtype!r}") else h
+
+
+def clamp_in_set(h: Tensor) -> Tensor:
+    return h.clamp(-1e-3, 1e-3) if h.dtype in {torch.float16, torch.bfloat16} else h
+
+
+def clamp_by_key(h: Tensor) -> Tensor:
+    return h.clamp(-1e-3, 1e-3) if {"torch.float16": True}.get(str(h.dtype)) else h
+
+
+@pytest.mark.parametrize("clamp", [clamp_named, clamp_shown, clamp_in_set, clamp_by_key])
+def test_a_branch_on_the_name_of_the_type_is_noticed(clamp: Any) -> None:
+    dense = UserModel(with_change("attn", clamp)).eval()
     converted = finest(dense)
     assert error(converted(X), dense(X)) < 1e-5
     with pytest.raises(ValueError, match=r"blocks\.0 decides by the floating type"):
@@ -144,7 +158,17 @@ def moved_by_name(h: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [named_device, formatted_device, moved_by_name])
+def joined_device(h: Tensor) -> Tensor:
+    return h * 2 if "on " + str(h.device) == "on meta" else h
+
+
+def compared_device(h: Tensor) -> Tensor:
+    return h * 2 if str(h.device) >= "m" else h
+
+
+@pytest.mark.parametrize(
+    "change", [named_device, formatted_device, moved_by_name, joined_device, compared_device]
+)
 def test_a_branch_on_the_name_of_the_device_is_noticed(change: Any) -> None:
     converted = finest(UserModel(with_change("attn", change)).eval())
     with pytest.raises(ValueError, match=r"blocks\.0 decides by the device"):
@@ -440,6 +464,43 @@ def test_a_table_of_the_size_is_that_of_all_tokens() -> None:
     dense = UserModel(TableBelow).eval()
     converted = finest(dense, X)
     assert error(converted(X), dense(X)) < 1e-5
+
+
+class TableOfGrid(TableOfSize):
+    """Made anew for another grid, which a plain attribute keeps."""
+
+    grid: tuple[int, int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = (8, 8) if x.shape[1] == 64 else (4, 16)
+        if self.grid != grid:
+            self.table = torch.linspace(0.5, grid[0], x.shape[1])[:, None]
+            self.grid = grid
+        return UserAttention.forward(self, x) * self.table
+
+
+class GridBelow(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = TableOfGrid()
+
+
+@pytest.mark.parametrize("before", [None, (32, 16)])
+def test_a_table_of_the_grid_comes_with_what_says_so(before: tuple[int, int] | None) -> None:
+    dense = UserModel(GridBelow).eval()
+    if before is not None:
+        dense(images(2, before))
+    converted = finest(dense, X)
+    assert error(converted(X), dense(X)) < 1e-5
+
+
+def test_the_type_of_a_table_of_a_model_in_half_precision_is_asked_for() -> None:
+    dense = UserModel(TableBelow).eval().bfloat16()
+    with pytest.raises(ValueError, match=r"attn\.table in its first call: call the model once"):
+        finest(dense, X.bfloat16())
+    dense(X.bfloat16())
+    converted = finest(dense, X.bfloat16())
+    assert error(converted(X.bfloat16()).float(), dense(X.bfloat16()).float()) < 2e-2
 
 
 class CachesBelow(UserBlock):
