@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dgefx.passes.chance import NoteDraws, WithoutChance, seed_all
 
-_TRIED = 3  # tokens along every token axis
+_TRIED = 3  # tokens along the first token axis; one more along each other, or they could be swapped
 
 
 def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
@@ -90,8 +90,9 @@ def _draws_per_image(module: nn.Module, tokens: Tensor) -> bool:
 
 def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
     axes = [axis for axis in range(1, value.dim()) if axis != features]
-    size = [_TRIED if axis in axes else value.shape[axis] for axis in range(value.dim())]
-    size[0] = 2
+    size = [2, *value.shape[1:]]
+    for more, axis in enumerate(axes):
+        size[axis] = _TRIED + more
     tokens = torch.randn(size, generator=torch.Generator().manual_seed(5)).to(value)
 
     def run(given: Tensor) -> Any:

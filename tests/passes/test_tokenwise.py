@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp
 from torch import Tensor, nn
+from torchvision.models.maxvit import SwapAxes
 
 from dgefx.passes.tokenwise import keeps_tokens_apart
 
@@ -63,6 +64,7 @@ TOGETHER = {
     "last": (Last(), (2, 9, 8)),
     "position": (Positions(), (2, 9, 8)),
     "number of tokens": (Counted(), (2, 9, 8)),
+    "axes of a grid": (SwapAxes(-2, -3), (2, 4, 4, 8)),
     "images": (OverImages(), (2, 9, 8)),
     "number of features": (nn.Linear(8, 24), (2, 9, 8)),
     # draws once for an image, and drops so rarely that two images do not show it
