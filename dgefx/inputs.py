@@ -74,8 +74,17 @@ def _two_images(call: Call) -> Call:
             return leaf.repeat(2, *(1 for _ in leaf.shape[1:]))
         return leaf
 
-    repeated: Call = pytree.tree_map(repeat, call)
+    def twice(leaf: Any) -> Any:
+        return [*leaf, *leaf] if _is_list_of_images(leaf) else repeat(leaf)
+
+    repeated: Call = pytree.tree_map(twice, call, is_leaf=_is_list_of_images)
     return repeated
+
+
+def _is_list_of_images(value: Any) -> bool:
+    """Whether it is what detectors take: images of (C, H, W) that may differ in size."""
+    images = isinstance(value, list) and all(isinstance(v, Tensor) and v.dim() == 3 for v in value)
+    return images and bool(value)
 
 
 def given_call(example_inputs: Any) -> Call:
@@ -121,12 +130,17 @@ def run_example(model: nn.Module, call: Call) -> Any:
 
 
 def batch_size(call: Call) -> int:
-    """Images in an example call: the first axis of its first image-like tensor.
+    """Images in an example call: the first axis of its first image-like tensor, or the length of
+    a list of images.
 
     Raises:
         ValueError: no tensor with at least two axes.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    leaves = pytree.tree_leaves(call, is_leaf=_is_list_of_images)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    lists = [leaf for leaf in leaves if _is_list_of_images(leaf)]
+    if lists and not any(tensor.dim() >= 4 for tensor in tensors):
+        return len(lists[0])
     for axes in (4, 3, 2):
         for tensor in tensors:
             if tensor.dim() >= axes:

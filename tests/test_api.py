@@ -293,6 +293,29 @@ def test_examples_are_tried_once_as_given_and_once_as_two_images(
     assert model.given == tried
 
 
+class TakesList(nn.Module):
+    """As detectors do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(self.model(torch.stack(images)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_list_of_images_is_an_example(dense: nn.Module, count: int) -> None:
+    given = list(images(count, 32))
+    model = TakesList(dense)
+    converted = dgefx.convert(model, 1.0, example_inputs=(given,))
+    assert (
+        dgefx.report(converted).macs_dense
+        == dgefx.explain(dense, 1.0, example_inputs=images(2, 32)).macs_dense
+    )
+    assert torch.allclose(converted(given)[0], model(given)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fields", "raised", "message"),
     [

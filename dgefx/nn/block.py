@@ -23,11 +23,12 @@ from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.methods import refused_methods
 from dgefx.nn.router import Router
 from dgefx.nn.symbolic import as_leaf, is_symbolic
+from dgefx.nn.tables import Tables
 
 _MACHINERY = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
 
-class Constants(nn.Module):
+class Constants(Tables):
     """Tensors of the trace that are neither parameters nor buffers of the block."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgefx.config import DGEConfig
 from dgefx.kernels.packing import Members, image_members
@@ -26,6 +26,7 @@ from dgefx.nn.hierarchy import (
     parent_table,
     side_counts,
 )
+from dgefx.nn.tables import Tables
 from dgefx.nn.window_tables import from_tensors, tiling_tensors
 from dgefx.nn.windows import Tiling, WindowRule
 
@@ -45,7 +46,7 @@ def space_of(grid: tuple[int, int], windows: WindowRule | None, config: DGEConfi
     return windows.tiling(grid, max(config.granularities[-1], config.region_side))
 
 
-class RouterTables(nn.Module):
+class RouterTables(Tables):
     """Tables of one block's patch hierarchy.
 
     Args:

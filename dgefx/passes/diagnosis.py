@@ -25,6 +25,7 @@ from dgefx.passes.capture import Call, tensors_in
 from dgefx.passes.chance import WithoutChance, seed_all
 from dgefx.passes.decisions import is_shaped_by_data
 from dgefx.passes.grid import Layout
+from dgefx.passes.hold import keeps_statistics
 from dgefx.passes.mutation import set_item
 from dgefx.passes.refusals import Reason
 from dgefx.passes.trace import copy_block, trace
@@ -82,6 +83,13 @@ def why_unequal(
                         f"queries others than for tokens",
                         "draws random numbers",
                     )
+            moving = _moving(block, call)
+            if moving:
+                return Reason(
+                    f"what it gives in train mode is another from call to call, by what "
+                    f"{', '.join(moving)} keeps, and a converted block calls that twice",
+                    "moves in training",
+                )
             for way, holders, what in (
                 ("forward", _FORWARD, "what it computes"),
                 ("backward", _BACKWARD, "its gradients"),
@@ -131,6 +139,24 @@ def why_unequal(
     except Exception:  # user code may raise anything on other values
         return None
     return None
+
+
+def _moving(block: nn.Module, call: Call) -> list[str]:
+    """Parts whose own tensors make every call in train mode another one, as spectral norm's do."""
+    copied = copy_block(block).train()
+
+    def run() -> Tensor:
+        seed_all(1)
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
+        with WithoutChance():
+            return tensors_in(copied(*args, **kwargs))[0]
+
+    if torch.allclose(run(), run(), rtol=1e-6, atol=1e-6):
+        return []
+    keeping = [name for name, part in block.named_modules() if keeps_statistics(part)]
+    # the innermost, by the names that the user gave
+    own = [name for name in keeping if "parametrizations" not in name.split(".")]
+    return [n for n in own if n and not any(other.startswith(f"{n}.") for other in own)]
 
 
 def _differs(found: Tensor, wanted: Tensor) -> bool:

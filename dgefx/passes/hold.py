@@ -60,7 +60,7 @@ def guards_of(
         twice=tuple(
             name
             for name in doubled
-            if traced.root.training and _keeps_statistics(traced.root.get_submodule(name))
+            if traced.root.training and keeps_statistics(traced.root.get_submodule(name))
         ),
         knows_autocast=traced.knows_autocast,
     )
@@ -88,7 +88,7 @@ def _doubled(called: set[str], generated: fx.Graph) -> tuple[str, ...]:
     return tuple(name for name in sorted(called) if calls[name] > 1)
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
+def keeps_statistics(module: nn.Module) -> bool:
     for part in module.modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
             return True

@@ -39,6 +39,7 @@ KindName = Literal[
     "further results",
     "not traceable",
     "keeps state",
+    "moves in training",
     "draws random numbers",
     "hooks inside",
     "tokens by place",
@@ -218,6 +219,11 @@ KINDS: dict[KindName, Kind] = {
         False,
         "let forward set no attribute (switch off what saves maps or counts calls); a forward hook "
         "on the block can note down what is needed",
+    ),
+    "moves in training": Kind(
+        False,
+        "train it until it has settled, or take it out "
+        "(torch.nn.utils.parametrize.remove_parametrizations), and convert then",
     ),
     "draws random numbers": Kind(
         False,

@@ -116,11 +116,12 @@ def bound(
 
     rule, images = plan.windows, plan.layout.images(shape)
     others = other_grids(plan.layout.grid, images)
-    if rule is not None:
-        rule = _bound_rule(rule, plan.layout.grid, others, holds)
+    if rule is not None and rule.size is not None:
+        tall, wide = rule.size
+        rule = _bound_rule(rule, (tall, wide), plan.layout.grid, others, holds)
         plan = dataclasses.replace(plan, windows=rule)
-        if any(guards.questions for guards in plan.guards) and rule.size and not rule.fixed:
-            holds(3 * rule.size[0], 2 * rule.size[1])  # what min(H, W) and max(H, W) are, as well
+        if any(guards.questions for guards in plan.guards) and not rule.fixed:
+            holds(3 * tall, 2 * wide)  # what min(H, W) and max(H, W) are, as well
         return _answering(plan, answers)
     unknown = plan.layout.places is not None or has_parts(plan.layout.order)
     if unknown:
@@ -148,14 +149,15 @@ def other_grids(grid: tuple[int, int], images: int) -> list[tuple[int, int]]:
 
 def _bound_rule(
     rule: WindowRule,
+    size: tuple[int, int],
     grid: tuple[int, int],
     others: list[tuple[int, int]],
     agrees: Callable[..., bool | None],
 ) -> WindowRule:
-    """others: grids to ask about besides those of a few windows."""
-    if rule.size is None or rule.fixed is not None:
+    """size: of a window. others: grids to ask about besides those of a few windows."""
+    if rule.fixed is not None:
         return rule
-    tall, wide = rule.size
+    tall, wide = size
 
     def fixed() -> WindowRule:
         rows, columns = rule.maps(grid)

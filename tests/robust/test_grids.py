@@ -417,3 +417,17 @@ def test_copies_keep_what_tells_the_grid_beside_layers_of_einops() -> None:
     with torch.no_grad():
         for size in ((16, 64), (48, 32)):
             assert torch.equal(copied(images(2, size)), model(images(2, size)))
+
+
+@torch.no_grad()
+def test_tables_that_are_stretched_for_another_size_bind_a_block_without_windows() -> None:
+    settings = {"img_size": 128, "depth": 1, "embed_dim": 48, "num_heads": 2}
+    made = timm.create_model("samvit_base_patch16_224", global_attn_indexes=(0,), **settings)
+    dense = randomise(made).eval()
+    converted = dgefx.convert(dense, 1.0)
+    x = images(2, 128)
+    assert torch.allclose(converted(x), dense(x), atol=1e-4)
+    for other in ((64, 64), (128, 64), (192, 192)):
+        assert dense(images(2, other)).isfinite().all()
+        with pytest.raises(ValueError, match="does something else on other sizes"):
+            converted(images(2, other))

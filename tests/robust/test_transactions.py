@@ -271,3 +271,10 @@ def test_a_model_without_attention() -> None:
     assert "no attention blocks found" in " ".join(str(report).split())
     with pytest.raises(ValueError, match="no attention blocks found in Sequential"):
         dgefx.convert(model, 0.5, example_inputs=X)
+
+
+def test_memory_that_nothing_fills_is_refused(vit: nn.Module) -> None:
+    model = dgefx.convert(vit, 1.0).to("meta")
+    assert model(images(2, 64).to("meta")).is_meta
+    with pytest.raises(ValueError, match=r"meta device.*Put the dense model on its device first"):
+        model.to_empty(device="cpu")

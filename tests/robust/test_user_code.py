@@ -799,6 +799,11 @@ def test_spectral_norm_of_what_runs_twice_is_told() -> None:
     dense = UserModel()
     for block in dense.blocks:
         nn.utils.parametrizations.spectral_norm(block.attn.qkv)
+        norm = block.attn.qkv.parametrizations.weight[0]
+        norm._u.copy_(torch.randn_like(norm._u))
+    assert "by what attn.qkv keeps, and a converted block calls that twice" in refusal(dense)
+    for _ in range(300):
+        dense.train()(X)
     converted = finest(dense)
     converted.train()
     with pytest.warns(UserWarning, match=r"attn.qkv runs twice .* running statistics"):
