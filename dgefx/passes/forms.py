@@ -31,6 +31,8 @@ from dgefx.passes.worlds import Refused, Worlds
 #: largest one. What did not change is put back after every node, so that only the rounding of one
 #: operation adds up
 _OWN_TOLERANCE, _TOLERANCE = 16, 8
+#: scores as far down as this are of keys that are hidden
+_HIDDEN = 1e8
 _UNINITIALISED = frozenset({"new_empty", "empty_like", "empty"})
 
 
@@ -363,7 +365,10 @@ def _keep_changes(base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
     different = (base != moved).nonzero()
     if not base.is_floating_point() or not len(different):
         return moved, different
-    scale = torch.nan_to_num(base.abs().amax(), nan=0.0, posinf=0.0)
+    sizes = base.abs()
+    scale = torch.nan_to_num(sizes.amax(), nan=0.0, posinf=0.0)
+    if bool(scale >= _HIDDEN):  # what hides keys, as -inf does; it says nothing of rounding
+        scale = torch.where(sizes < _HIDDEN, sizes, 0.0).amax()
     place = different.unbind(1)
     before, after = base[place], moved[place]
     allowed = _OWN_TOLERANCE * before.abs() + _TOLERANCE * scale

@@ -822,6 +822,33 @@ def test_a_random_number_that_is_no_branch_is_drawn_in_every_call() -> None:
     assert error(outputs[0], outputs[2]) > 1e-3
 
 
+class Padded(UserAttention):
+    """Written-out scores, of padding the least number that there is, as in vit-pytorch."""
+
+    fill = -1e9
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q * self.scale @ k.transpose(-2, -1)
+        scores = scores.masked_fill(torch.arange(n) >= n - 8, self.fill)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class PaddedBelow(UserBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Padded()
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e30, torch.finfo(torch.float32).min])
+def test_scores_of_hidden_keys_may_be_as_low_as_numbers_go(fill: float) -> None:
+    dense = UserModel(PaddedBelow).eval()
+    for block in dense.blocks:
+        block.attn.fill = fill
+    assert error(finest(dense)(X), dense(X)) < 1e-5
+
+
 class ComplexQueries(UserAttention):
     """Queries turned as complex numbers, behind a prefix token."""
 
