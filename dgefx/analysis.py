@@ -319,6 +319,8 @@ def _plan_sites(
         if site.reason is not None:
             continue
         try:
+            # caches that the example run filled, without gradients, are emptied by train()
+            work.get_submodule(site.name).train().eval()
             plan = _plan_site(work, site, calls[site.name], idle, config, twins, plans)
             if plan.copy_of not in plans or types[plan.copy_of] != types[site.name]:
                 assert site.stream is not None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.grid import Layout
@@ -165,7 +166,9 @@ def _module(
         found.append(
             (name, named(name, part), type(part), _frozen(own, scales=name in idle, owned=first))
         )
-        for own_tensors, of_value in ((part._parameters, _weights), (part._buffers, buffers)):
+        # running statistics scale, as parameters do
+        of_buffers = _weights if isinstance(part, _NormBase) else buffers
+        for own_tensors, of_value in ((part._parameters, _weights), (part._buffers, of_buffers)):
             found += [
                 (key, named(f"{name}.{key}", value), of_value(value))
                 for key, value in own_tensors.items()

@@ -71,8 +71,12 @@ def _on_less(plan: BlockPlan, call: Call, shape: tuple[int, ...]) -> Iterator[_A
     layout = plan.layout
     grids = [layout.grid]
     asks = any(guards.questions for guards in plan.guards)
-    whole = plan.windows is None and layout.places is None and not has_parts(layout.order)
-    if whole and not asks:
+    movable = layout.places is None and not has_parts(layout.order)
+    window = None if plan.windows is None else plan.windows.size
+    if movable and window is not None:
+        few = (2 * window[0], 3 * window[1])
+        grids += [few] if 2 * few[0] * few[1] <= layout.grid[0] * layout.grid[1] else []
+    elif movable and not asks:
         while min(grids[-1]) > _FEW:
             height, width = grids[-1]
             grids.append((-(-height // 2), -(-width // 2)))
@@ -202,8 +206,7 @@ def _both_gradients(
     Args:
         scale: of the loss.
     """
-    # by way of train mode: caches that the example run filled, without gradients, are emptied there
-    reference = copy_block(dense).train().train(training)
+    reference = copy_block(dense).train(training)
     randomise_constants(reference)
     noise = torch.randn(
         stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(6)
