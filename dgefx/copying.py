@@ -1,6 +1,6 @@
 """`deep_copy`: a model to work on, so that a failure leaves the user's as it was.
 
-Used by `convert`, `revert`, `load` and `passes`' working copy in `analysis`.
+Used by `convert`, `revert`, `load` and for the working copy of `analysis`.
 """
 
 from __future__ import annotations

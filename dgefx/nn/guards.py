@@ -51,6 +51,10 @@ class Setting:
     name: str
     value: Any
 
+    def is_now(self, found: Any) -> bool:
+        """Whether what the module has there is what the trace read."""
+        return type(found) is type(self.value) and bool(found == self.value)
+
 
 @dataclass(frozen=True)
 class Guards:
@@ -155,7 +159,7 @@ class Guards:
     def _explain(self, block: nn.Module, label: str) -> None:
         for setting in self.settings:
             found = getattr(_part(block, setting.module), setting.name, "nothing")
-            if type(found) is not type(setting.value) or found != setting.value:
+            if not setting.is_now(found):
                 raise ValueError(_changed(label, setting, found))
         for name, kind in self.kinds:
             part = _part(block, name)

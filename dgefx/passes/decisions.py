@@ -29,9 +29,9 @@ _SHAPED_BY_DATA = frozenset(
 @dataclass
 class Decisions:
     """values: of the nodes of a trace. branches: what bool() was asked of. numbers: of what int(),
-    float(), len() or a loop made a number. looked_into: devices and types whose names code looked
-    into. dtype: the floating type that the block is traced for,
-    although the trace runs in `base`. fixed: whether the types of values are constants.
+    float(), len() or a loop made a number. looked_into: devices and types by whose name or hash
+    code may decide. dtype: the floating type that the block is traced for, although the trace runs
+    in `base`. fixed: whether the types of values are constants.
     """
 
     values: dict[fx.Node, Any]

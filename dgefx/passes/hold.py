@@ -89,6 +89,7 @@ def _doubled(called: set[str], generated: fx.Graph) -> tuple[str, ...]:
 
 
 def keeps_statistics(module: nn.Module) -> bool:
+    """Whether calls in train mode change later ones, by running statistics or a spectral norm."""
     for part in module.modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
             return True

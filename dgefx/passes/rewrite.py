@@ -234,8 +234,9 @@ def fill(dense: nn.Module, plan: BlockPlan) -> None:
     Raises:
         ValueError: in which type it would, cannot be told.
     """
+    own = floating_type(dense)
     for target, value in plan.attributes.items():
-        kept, own = _kept(dense, target), floating_type(dense)
+        kept = _kept(dense, target)
         if kept is not None and kept.shape == value.shape and kept.to(value.dtype).equal(value):
             continue
         if value.is_floating_point() and own.itemsize < value.dtype.itemsize:
@@ -244,18 +245,13 @@ def fill(dense: nn.Module, plan: BlockPlan) -> None:
                 f"example input before converting it, or convert it before model.to({own})"
             )
         kind = own if value.is_floating_point() else value.dtype
-        _set(dense, target, value.detach().to(kind, copy=True))
+        owner, _, name = target.rpartition(".")
+        setattr(dense.get_submodule(owner), name, value.detach().to(kind, copy=True))
     for setting in itertools.chain.from_iterable(guards.settings for guards in plan.guards):
         module = dense.get_submodule(setting.module)
-        found = getattr(module, setting.name, None)
-        different = type(found) is not type(setting.value) or found != setting.value
-        if setting.name != "training" and different:
+        # modes are the model's own: the example ran in eval mode
+        if setting.name != "training" and not setting.is_now(getattr(module, setting.name, None)):
             setattr(module, setting.name, setting.value)
-
-
-def _set(dense: nn.Module, target: str, value: Tensor) -> None:
-    owner, _, name = target.rpartition(".")
-    setattr(dense.get_submodule(owner), name, value)
 
 
 def plan_block(

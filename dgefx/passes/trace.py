@@ -139,7 +139,7 @@ class ConcolicProxy(fx.Proxy):
         frame = sys._getframe(1)
         code, place = frame.f_code.co_code, frame.f_lasti
         if code[place] == _UNPACK:
-            return (self[index] for index in range(code[place + 1]))  # type: ignore[index]
+            return (operator.getitem(self, index) for index in range(code[place + 1]))
         return self.tracer.iter(self)
 
     def __hash__(self) -> int:

@@ -140,6 +140,7 @@ def _pairs(
     training: bool,
     dtype: torch.dtype,
 ) -> list[_Pair]:
+    """In a type; none where the dense block has no gradients in it."""
     # a backward pass of the user's may clip
     scales = (1.0, _LARGE) if plan.functions else (1.0,)
     given = (dense, plan, call, shape, config, dtype, training)

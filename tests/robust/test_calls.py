@@ -13,11 +13,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 import dgefx
 from dgefx.coverage.hf_configs import _detr
 from tests.helpers import Block, TinyViT, error, images, randomise
+from tests.robust.user_blocks import UserAttention, UserBlock, UserModel
 
 X = images(2, 64)
 SMALL = {
@@ -236,6 +238,58 @@ def test_what_a_block_does_with_its_mask_is_kept(rule: str) -> None:
     else:
         with pytest.raises(ValueError, match=r"mask may be None or a bool tensor.*float32"):
             converted(x, bias)
+
+
+class TwoMasks(UserAttention):
+    """Of few tokens, its second mask makes something else."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q * self.scale @ k.transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask, -torch.inf)
+            scores = scores * 2 if n <= 32 else scores
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class TwoMaskBlock(UserBlock):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.attn, self.drop_path = TwoMasks(), DropPath(rate)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), mask, key_mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class TwoMaskModel(UserModel):
+    """The second block alone gets the second mask."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask=mask, key_mask=key_mask if number else None)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("rates", [[0.1, 0.1], [0.1, 0.2]])
+def test_a_form_that_does_not_hold_in_a_block_holds_in_none_like_it(rates: list[float]) -> None:
+    left = iter(rates)
+    dense = TwoMaskModel(lambda: TwoMaskBlock(next(left))).eval()
+    converted = dgefx.convert(dense, 1.0, example_inputs=X)
+    mask = _masks()["one per query"][..., :64, :64]
+    assert error(converted(X, mask), dense(X, mask)) < CLOSE
+    with pytest.raises(ValueError, match="not converted for calls with these masks"):
+        converted(X, key_mask=mask)
 
 
 def test_forms_are_copied_pickled_reverted_and_serve_other_sizes() -> None:

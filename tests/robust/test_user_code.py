@@ -157,7 +157,6 @@ def moved_by_name(h: Tensor) -> Tensor:
     return h.to(str(h.device))
 
 
-@torch.no_grad()
 def joined_device(h: Tensor) -> Tensor:
     return h * 2 if "on " + str(h.device) == "on meta" else h
 
@@ -166,6 +165,7 @@ def compared_device(h: Tensor) -> Tensor:
     return h * 2 if str(h.device) >= "m" else h
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
     "change", [named_device, formatted_device, moved_by_name, joined_device, compared_device]
 )
@@ -291,6 +291,22 @@ def test_a_backward_pass_of_eval_mode_is_compared_there() -> None:
 def test_a_function_with_a_backward_of_its_own_is_refused(function: Any, part: str) -> None:
     reason = refusal(UserModel(with_change(part, function.apply)))
     assert f"{function.__name__} has a backward pass of its own" in reason
+
+
+class SmallGain(UserBlock):
+    """Learned, by a hundredth of what attention is scaled by: float32 is too coarse to tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x)) * (1 + 1e-2 * Scaled.apply(self.gain))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_a_small_gradient_that_would_vanish_is_refused() -> None:
+    assert "Scaled has a backward pass of its own" in refusal(UserModel(SmallGain))
 
 
 @pytest.mark.parametrize("function", [StraightThrough, Scaled])
@@ -1037,6 +1053,10 @@ def by_tokens(h: Tensor) -> Tensor:
     return h * 0.5 if h.shape[1] > 1000 else h
 
 
+def by_member(h: Tensor) -> Tensor:
+    return h * 0.5 if 1280 in h.shape else h
+
+
 def by_parity(h: Tensor) -> Tensor:
     return h * 0.5 if h.shape[1] % 2 else h
 
@@ -1049,6 +1069,7 @@ def by_images(h: Tensor) -> Tensor:
     ("change", "x"),
     [
         (by_tokens, images(1, (320, 256))),
+        (by_member, images(1, (320, 256))),
         (by_parity, images(2, (72, 72))),
         (by_images, images(3, 64)),
     ],
