@@ -20,7 +20,7 @@ from dgefx.calibration.images import CalibrationCalls
 from dgefx.convert import revert
 from dgefx.example import example_of
 from dgefx.modes import evaluating
-from dgefx.passes.cost import count_macs
+from dgefx.passes.plan.cost import count_macs
 from dgefx.record import Record, conversion_record, converted_blocks, unwrap
 
 

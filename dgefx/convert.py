@@ -9,20 +9,20 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dgefx.ambient import neutral
-from dgefx.analysis import Analysis, FilterFn, analyse, check_model, install
 from dgefx.calibrate import calibrate, check_gamma
 from dgefx.calibration.images import check_iterable
 from dgefx.config import DGEConfig
 from dgefx.copying import deep_copy
 from dgefx.example import describe_call
-from dgefx.exported import as_module, exported_inputs
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
 from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.image_hook import unwatch_images
-from dgefx.passes.outline import apply_outlines, restore
-from dgefx.passes.rewrite import put
+from dgefx.passes.frontends.block_extraction import apply_extractions, restore
+from dgefx.passes.frontends.exported import as_module, exported_inputs
+from dgefx.passes.pipeline import Analysis, FilterFn, analyse, check_model, install
+from dgefx.passes.plan.plan import put
 from dgefx.record import (
     Record,
     check_unsharded,
@@ -145,7 +145,7 @@ def install_analysis(
             f"the converted model measures a MAC ratio of {result.ratio:.3f} where its blocks add "
             f"up to {predicted:.3f}: some of them do not run as converted. Please report it"
         )
-    apply_outlines(target, analysis.outlines)
+    apply_extractions(target, analysis.extractions)
     install(target, analysis.plans, chosen, analysis.config)
     record = Record(
         analysis.config,

@@ -2,7 +2,7 @@
 
 `torch.backends.cudnn.allow_tf32` is on by default, and `torch.set_float32_matmul_precision` is a
 common setting: both round operands to ten bits or seven, by which two orders of the same sums then
-differ. Used by `dgefx.analysis` and `dgefx.coverage`.
+differ. Used by `dgefx.passes.pipeline` and `dgefx.coverage`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dgefx.passes.lines import alike, named, told
+from dgefx.passes.diagnosis.reason_lines import alike, named, told
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class BlockReport:
     name: module name. status: "converted" or "dense". reason: why it stays dense, else "".
     ratio: its MACs over the dense block's (1.0 if dense). slots: queries per image and level (under
     the average budget: on average), finest first, without prefix tokens. grid: (H, W) tokens.
-    prefix: prefix tokens. kind: of the reason, one of `dgefx.passes.refusals`, and advice: what can
+    prefix: prefix tokens. kind: of the reason, one of `dgefx.passes.reasons`, and advice: what can
     be done about it; both "" of a converted block.
     """
 

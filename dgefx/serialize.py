@@ -15,16 +15,16 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from dgefx.ambient import neutral
-from dgefx.analysis import Analysis, analyse, check_model
 from dgefx.config import DGEConfig
 from dgefx.convert import install_analysis
 from dgefx.copying import deep_copy
 from dgefx.example import describe_tensor
-from dgefx.exported import as_module
 from dgefx.kernels.correction import Correction
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import plan_of
 from dgefx.nn.router import Router
+from dgefx.passes.frontends.exported import as_module
+from dgefx.passes.pipeline import Analysis, analyse, check_model
 from dgefx.record import (
     BlockTable,
     Calibration,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import dgefx
-from dgefx.inputs import resolve_inputs
 from dgefx.nn import DGEBlock
+from dgefx.passes.frontends.inputs import resolve_inputs
 from tests.helpers import Block, TinyViT, error, images, randomise
 
 X = images(2, 32)

@@ -27,7 +27,7 @@ from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import plans
 from dgefx.nn.router import Router
-from dgefx.passes.verify import random_levels
+from dgefx.passes.plan.verify import random_levels
 from dgefx.training import set_gates
 from tests.helpers import COMPILERS, Attention, TinyViT, error, images, macs, randomise
 

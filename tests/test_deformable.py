@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx import DGEConfig
+from dgefx.passes.attention.core import find_cores
 from dgefx.passes.capture import capture, example_of
-from dgefx.passes.cores import find_cores
 from dgefx.training import set_gates
 from tests.dat import DAT, Attention, GridBlock, GridModel, Warp
 from tests.dpvt import DPVT, centres

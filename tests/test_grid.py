@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgefx.passes.capture import capture
-from dgefx.passes.grid import GridFinder, Layout
+from dgefx.passes.layout import Layout
+from dgefx.passes.locate.grid import GridFinder
 from tests.helpers import images
 
 WIDTH = 6

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgefx.passes.capture import capture
-from dgefx.passes.locate import Site, locate
+from dgefx.passes.locate.sites import Site, locate
 from tests.helpers import Attention, images
 
 DIM = 16

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgefx
-from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
-from dgefx.passes.verify import random_levels
+from dgefx.passes.pipeline import analyse
+from dgefx.passes.plan.verify import random_levels
 from tests.helpers import error, images
 
 SIDE, DIM, HEADS = 8, 32, 2

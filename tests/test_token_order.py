@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import dgefx
 from dgefx import DGEConfig
 from dgefx.passes.capture import capture
-from dgefx.passes.grid import GridFinder, Layout
-from dgefx.passes.verify import patch_constant_stream
+from dgefx.passes.layout import Layout
+from dgefx.passes.locate.grid import GridFinder
+from dgefx.passes.plan.verify import patch_constant_stream
 from tests.fuzz.reference import pooling, random_cells
 from tests.helpers import error, images, randomise
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.trace import Trace, TraceError, run_node, trace
+from dgefx.passes.errors import TraceError
+from dgefx.passes.trace.tracer import Trace, run_node, trace
 
 
-class Written(nn.Module):
+class UnfusedAttention(nn.Module):
     """A block whose forward is a given function of (itself, input)."""
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
@@ -57,7 +58,7 @@ def require_same(function: Callable[[Any, Tensor], Tensor]) -> list[Trace]:
     """Trace in both modes; compare on other input, and on another number of images."""
     found = []
     for training in (False, True):
-        block = Written(function)
+        block = UnfusedAttention(function)
         traced = traced_as(block, training)
         block.train(training)
         for images in (2, 3):
@@ -253,8 +254,8 @@ def test_same_as_the_block(function: Callable[[Any, Tensor], Tensor]) -> None:
 
 def test_an_activation_in_place_does_not_reach_the_input() -> None:
     x = torch.randn(2, 4, 6)
-    traced = traced_as(Written(activation_of_the_input))
-    block = Written(activation_of_the_input)
+    traced = traced_as(UnfusedAttention(activation_of_the_input))
+    block = UnfusedAttention(activation_of_the_input)
     # the block's own modules work in place, those of the traced copy do not
     traced.root = block
     kept = x.clone()
@@ -341,7 +342,7 @@ def test_what_cannot_be_followed_is_refused(
     function: Callable[[Any, Tensor], Tensor], message: str
 ) -> None:
     with pytest.raises(TraceError, match=message):
-        traced_as(Written(function))
+        traced_as(UnfusedAttention(function))
 
 
 @fx.wrap
@@ -373,13 +374,13 @@ def test_a_wrapped_function_that_cannot_be_traced_stays_a_call() -> None:
 
 
 def test_noise_is_drawn_anew() -> None:
-    traced = traced_as(Written(own_noise))
+    traced = traced_as(UnfusedAttention(own_noise))
     x = torch.zeros(2, 4, 6)
     assert not torch.equal(interpret(traced, x), interpret(traced, x))
 
 
 def test_a_cache_stays_a_function_of_its_parameter() -> None:
-    block = Written(cached).eval().requires_grad_(False)
+    block = UnfusedAttention(cached).eval().requires_grad_(False)
     x = torch.randn(2, 4, 6)
     block(x)
     held = dict(block.cache)
@@ -397,7 +398,7 @@ def test_a_dictionary_that_the_block_needs_is_kept() -> None:
             x = x + shift
         return x
 
-    block = Written(function).eval()
+    block = UnfusedAttention(function).eval()
     block.cache["shift"] = torch.randn(6)
     x = torch.randn(2, 4, 6)
     assert torch.allclose(interpret(traced_as(block), x), block(x))
@@ -405,7 +406,7 @@ def test_a_dictionary_that_the_block_needs_is_kept() -> None:
 
 def test_sizes_stay_symbolic() -> None:
     """A mask made to the size of the input follows it."""
-    block = Written(mask_to_size)
+    block = UnfusedAttention(mask_to_size)
     x = torch.randn(2, 9, 6)
     assert torch.allclose(interpret(traced_as(block), x), block(x), atol=1e-6)
 

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dgefx
 from dgefx.nn.capacity import plans
 from dgefx.nn.hierarchy import nested_levels
-from dgefx.passes.verify import patch_constant_stream
+from dgefx.passes.plan.verify import patch_constant_stream
 from tests.helpers import COMPILERS, error, images, macs, randomise
 from tests.windowed import TinySwin, WindowBlock
 
@@ -87,7 +87,7 @@ def check_coarse(block: dgefx.nn.DGEBlock, dense: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     space, sides = router.space(router.grid), router.config.granularities
     like = torch.empty(2, *router.grid, router.channels)
-    layout = dgefx.passes.grid.Layout("BHWC", router.grid, 0)
+    layout = dgefx.passes.layout.Layout("BHWC", router.grid, 0)
     x = patch_constant_stream(layout, router.config, like, generator, space)
     levels = torch.randint(0, 3, (2, len(router.region_cost_0)), generator=generator)
     levels = nested_levels(levels, space, sides)

@@ -21,7 +21,7 @@ import dgefx
 from dgefx.coverage.cases import Case
 from dgefx.coverage.softmaxes import softmax_modules, unseen
 from dgefx.coverage.verdict import rightly_refused
-from dgefx.inputs import clone_call, given_call
+from dgefx.passes.frontends.inputs import clone_call, given_call
 from dgefx.precision import in_float64
 from dgefx.report import BlockReport, Report
 

@@ -1,11 +1,11 @@
 """Which refusals are right: attention that is not query-key over the tokens of its own stream.
 
-Used by `measure`. Every other kind of `dgefx.passes.refusals` counts against the library.
+Used by `measure`. Every other kind of `dgefx.passes.reasons` counts against the library.
 """
 
 from __future__ import annotations
 
-from dgefx.passes.refusals import KINDS
+from dgefx.passes.reasons import KINDS
 
 
 def rightly_refused(kind: str) -> str | None:

@@ -1,7 +1,7 @@
 """Attention of packed queries: what the generated code of the average budget calls.
 
 Lays the block's own query, key, value and mask out for `dgefx.kernels.attend`, the ragged
-attention itself. Used by `passes.emit_packed`.
+attention itself. Used by `passes.emit.packed`.
 """
 
 from __future__ import annotations

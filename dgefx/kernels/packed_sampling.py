@@ -3,7 +3,7 @@ calls in place of `grid_sample`.
 
 `grid_sample` wants as many positions of every image. So queries are padded to as many as an image
 can have, and packed again; idle rows sample anywhere and are never read. Sampling is then no
-cheaper than the dense block's, what leads to it and from it is. Used by `passes.emit_packed`.
+cheaper than the dense block's, what leads to it and from it is. Used by `passes.emit.packed`.
 """
 
 from __future__ import annotations

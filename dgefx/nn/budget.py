@@ -1,7 +1,7 @@
 """The budget solver: one plan per block such that the whole model meets `gamma` at least loss.
 
 Costs are multiply-accumulates (MACs) as `torch.utils.flop_counter.FlopCounterMode` counts them,
-measured by `dgefx.passes.cost`. Losses come from a
+measured by `dgefx.passes.plan.cost`. Losses come from a
 calibration, or from `guess` where there was none.
 """
 

@@ -3,7 +3,7 @@
 Made when a block is traced, used by the traced block to bind later calls. Tensors and integers
 (sizes) are graph inputs; everything else (None, flags, floats, strings) took part in the trace as
 a constant, so a call that differs there is refused instead of computed wrongly. Optional masks may
-come in several forms, each with a spec and a graph of its own (`passes.call_forms`).
+come in several forms, each with a spec and a graph of its own (`passes.plan.call_forms`).
 """
 
 from __future__ import annotations

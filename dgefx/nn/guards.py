@@ -2,7 +2,7 @@
 
 A trace fixes what Python read and decided: settings and training flags of the modules it went
 through, branches on sizes and types, whether autocast is on. What differs at run time is an error
-that names the part, never ignored. Made by `passes.rewrite`, one for eval and one for train mode.
+that names the part, never ignored. Made by `passes.plan.plan`, one for eval and one for train mode.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Telling a `GridShape` the grid by the image's size, where no module's output shows it.
 
-`ImageHook` sits on the module that takes the image, found by `passes.grid_sources`.
+`ImageHook` sits on the module that takes the image, found by `passes.locate.grid_source`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`OutlinedBlock`: a dense block cut out of a flat graph, as a module of its own.
 
-`passes.outline` makes them where a model is an `fx.GraphModule`, whose blocks are no modules that
-are called. Like any other block they are traced, split and replaced by a `DGEBlock` afterwards.
+`passes.frontends.block_extraction` makes them where a model is an `fx.GraphModule`, whose blocks
+are no modules that are called. Like any other block they are traced, split and replaced by a
+`DGEBlock` afterwards.
 """
 
 from __future__ import annotations

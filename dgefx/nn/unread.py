@@ -1,8 +1,8 @@
 """What a converted block returns in the place of attention maps that its model did not read.
 
 A block may return more than its stream (`return x, weights`) to a model that throws it away, as it
-did when it was converted (`passes.locate`). Fewer queries have no such maps, so that whatever reads
-this later is told.
+did when it was converted (`passes.locate.sites`). Fewer queries have no such maps, so that whatever
+reads this later is told.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Windows of attention, as numbers: which token is in which slot of which window, on any grid.
 
-A `WindowRule` is what `dgefx.passes.windows` reads off a block's data movement (roll, pad,
-partition). On a grid it gives a `Tiling`: the grid with its tokens rearranged window by window and
-cut wherever no patch may continue, which is what the patch hierarchy (`dgefx.nn.hierarchy`) is
-built on. Rows and columns are independent of each other throughout.
+A `WindowRule` is what `dgefx.passes.sides.window_partition` reads off a block's data movement
+(roll, pad, partition). On a grid it gives a `Tiling`: the grid with its tokens rearranged window by
+window and cut wherever no patch may continue, which is what the patch hierarchy
+(`dgefx.nn.hierarchy`) is built on. Rows and columns are independent of each other throughout.
 """
 
 from __future__ import annotations

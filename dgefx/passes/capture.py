@@ -3,8 +3,8 @@
 The model runs once, eagerly, under a `TorchFunctionMode` that writes every torch call into an
 `fx.Graph` together with the modules it was made in. Whatever runs can be captured: Python control
 flow, early exits and data-dependent branches resolve themselves, because nothing is symbolic.
-Sizes are constants here, so this graph is never executed or rewritten; `passes.trace` makes the
-graph that is. Next: `passes.locate`.
+Sizes are constants here, so this graph is never executed or rewritten; `passes.trace.tracer` makes
+the graph that is. Next: `passes.locate.sites`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgefx.passes.forms import randomise_constants
+from dgefx.passes.randomise import randomise_constants
 from tests.fuzz.user_draft import Draft, load
 from tests.fuzz.user_habits import HABITS
 

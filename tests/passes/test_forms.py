@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgefx
-from dgefx.passes.forms import _OWN_TOLERANCE, _TOLERANCE, _keep_changes, _only_at
+from dgefx.passes.sides.find_axes import _OWN_TOLERANCE, _TOLERANCE, _keep_changes, _only_at
 from tests.helpers import Attention, images
 
 DIM = 16

@@ -17,7 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import dgefx
 from dgefx.nn import DGEBlock
-from dgefx.passes.outline import outline
+from dgefx.passes.frontends.block_extraction import outline
 from tests.helpers import Attention, TinyViT, error, images, macs, randomise
 
 X = images(2, 32)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx import BlockReport, DGEConfig, Report
-from dgefx.passes.refusals import KINDS, KindName, advice_lines
+from dgefx.passes.reasons import KINDS, KindName, advice_lines
 from tests.helpers import Attention, error, images, randomise
 
 DIM, SIDE = 16, 8

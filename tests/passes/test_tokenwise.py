@@ -8,7 +8,7 @@ from timm.layers import DropPath, LayerNorm2d, Mlp
 from torch import Tensor, nn
 from torchvision.models.maxvit import SwapAxes
 
-from dgefx.passes.tokenwise import keeps_tokens_apart
+from dgefx.passes.trace.tokenwise import keeps_tokens_apart
 
 
 class Shifted(nn.Module):

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgefx
-from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
 from dgefx.passes.capture import Call, record_calls
-from dgefx.passes.rewrite import BlockPlan, plan_block
-from dgefx.passes.sizes import bound
-from dgefx.passes.structure import _content, _module
+from dgefx.passes.pipeline import analyse
+from dgefx.passes.plan.block_signature import _content, _module
+from dgefx.passes.plan.plan import BlockPlan, plan_block
+from dgefx.passes.plan.sizes import bound
 from tests.helpers import Attention, error, images, randomise
 
 DIM, SIDE = 16, 8
@@ -37,7 +37,7 @@ def alone(model: nn.Module, plan: BlockPlan, call: Call) -> BlockPlan:
     """The block planned as if there were no other one, and no other mode."""
     stream = next(v for v in (*call[0], *call[1].values()) if isinstance(v, Tensor))
     block, shape = model.get_submodule(plan.name), tuple(stream.shape)
-    with mock.patch("dgefx.passes.twins._ignores_mode", return_value=False):
+    with mock.patch("dgefx.passes.plan.graph_cache._ignores_mode", return_value=False):
         own = plan_block(block, plan.name, call, plan.layout, shape)
     return bound(block, own, call, shape, DGEConfig())
 
@@ -484,7 +484,7 @@ def test_drop_paths_do_not_keep_blocks_from_sharing_their_sizes() -> None:
     """Their rates do nothing in eval mode, and the sizes are asked about in eval mode."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, depth=4, drop_path_rate=0.3)
-    with mock.patch("dgefx.analysis.bound", side_effect=bound) as asked:
+    with mock.patch("dgefx.passes.pipeline.bound", side_effect=bound) as asked:
         plans, _calls = planned(model)
     assert len(plans) == 4
     assert asked.call_count == 2  # the first block has nn.Identity in the place of a drop path
@@ -493,6 +493,6 @@ def test_drop_paths_do_not_keep_blocks_from_sharing_their_sizes() -> None:
 @pytest.mark.parametrize("limits", [(100.0, 2.4), (100.0, 100.0)])
 def test_only_blocks_of_the_same_settings_share_their_sizes(limits: tuple[float, ...]) -> None:
     torch.manual_seed(0)
-    with mock.patch("dgefx.analysis.bound", side_effect=bound) as asked:
+    with mock.patch("dgefx.passes.pipeline.bound", side_effect=bound) as asked:
         planned(WindowedModel(*map(Windowed, limits)))
     assert asked.call_count == len(set(limits))

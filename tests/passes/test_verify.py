@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
 from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
-from dgefx.passes import verify
-from dgefx.passes.verify import random_levels
+from dgefx.passes.pipeline import analyse
+from dgefx.passes.plan import verify
+from dgefx.passes.plan.verify import random_levels
 from tests.helpers import Attention, TinyViT, images
 
 

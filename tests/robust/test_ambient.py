@@ -21,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import dgefx
 from dgefx.modes import evaluating
-from dgefx.passes.cost import count_macs
+from dgefx.passes.plan.cost import count_macs
 from dgefx.precision import full_float32
 from tests.helpers import TinyViT, error, images, randomise
 

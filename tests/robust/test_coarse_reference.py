@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgefx
-from dgefx.analysis import analyse
 from dgefx.config import DGEConfig
 from dgefx.kernels import constants, island, pool, stencil, window
 from dgefx.kernels.routing import Routing
+from dgefx.passes.pipeline import analyse
 from tests.helpers import error, images, randomise
 from tests.windowed import TinySwin, WindowBlock
 
@@ -112,7 +112,7 @@ def _reasons(family: str, config: DGEConfig | None = None) -> list[str | None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_comparison_runs_and_passes(family: str) -> None:
-    from dgefx.passes.coarse_reference import CoarseReference
+    from dgefx.passes.plan.coarse_reference import CoarseReference
 
     run = CoarseReference.run
     with mock.patch.object(CoarseReference, "run", autospec=True, side_effect=run) as spied:
@@ -121,7 +121,7 @@ def test_the_comparison_runs_and_passes(family: str) -> None:
 
 
 def test_the_comparison_covers_packed_queries() -> None:
-    from dgefx.passes.coarse_reference import CoarseReference
+    from dgefx.passes.plan.coarse_reference import CoarseReference
 
     run = CoarseReference.run
     with mock.patch.object(CoarseReference, "run", autospec=True, side_effect=run) as spied:
@@ -199,7 +199,7 @@ def test_a_kernel_that_is_wrong_for_coarse_patches_is_found(family: str) -> None
 
 
 def test_blocks_of_one_structure_are_compared_once() -> None:
-    from dgefx.passes.coarse_reference import CoarseReference
+    from dgefx.passes.plan.coarse_reference import CoarseReference
 
     torch.manual_seed(0)
     model = timm.create_model(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.trace import ConcolicProxy, trace
+from dgefx.passes.trace.tracer import ConcolicProxy, trace
 from tests.helpers import error, images, randomise
 from tests.test_trace import interpret
 
@@ -158,7 +158,7 @@ def _parsed(x: Tensor) -> Tensor:
     return rearrange(x, "b n c -> (b n) c").reshape(sizes["b"], sizes["n"], 6) * sizes["n"]
 
 
-class Written(nn.Module):
+class UnfusedAttention(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
@@ -169,7 +169,7 @@ class Written(nn.Module):
 
 @pytest.mark.parametrize("function", [_shifted, _repeated, _averaged, _packed, _stacked, _parsed])
 def test_sizes_stay_symbolic(function: Callable[[Any], Any]) -> None:
-    block = Written(function)
+    block = UnfusedAttention(function)
     traced = trace(block, CallSpec.of(block, (torch.randn(2, 8, 6),), {}), False)
     for batch, tokens in ((2, 8), (3, 12), (1, 20)):
         x = torch.randn(batch, tokens, 6)

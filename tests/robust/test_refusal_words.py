@@ -16,13 +16,13 @@ import transformers
 from torch import Tensor, nn
 
 import dgefx
-import dgefx.passes.rewrite
-import dgefx.passes.trace
+import dgefx.passes.plan.plan
+import dgefx.passes.trace.tracer
 from dgefx.nn.unread import Unread
-from dgefx.passes.lines import reason_lines
-from dgefx.passes.refusals import KINDS
-from dgefx.passes.verify import _require_equal
-from dgefx.passes.worlds import Refused
+from dgefx.passes.diagnosis.reason_lines import reason_lines
+from dgefx.passes.errors import Refused
+from dgefx.passes.plan.verify import _require_equal
+from dgefx.passes.reasons import KINDS
 from tests.helpers import Attention, TinyViT, error, images, randomise
 
 DIM, SIDE = 16, 8
@@ -489,7 +489,7 @@ def test_code_that_fails_on_random_tokens_names_its_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["dgefx.passes.rewrite.call_structure", "dgefx.passes.trace._drop_unread"]
+    "place", ["dgefx.passes.plan.plan.call_structure", "dgefx.passes.trace.tracer._drop_unread"]
 )
 def test_a_bug_of_this_library_is_raised_as_one(
     place: str, monkeypatch: pytest.MonkeyPatch

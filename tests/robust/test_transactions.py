@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 import dgefx
 from dgefx.nn import DGEBlock
-from dgefx.passes import outline
+from dgefx.passes.frontends import block_extraction
 from tests.helpers import TinyViT, error, images, randomise
 from tests.robust.user_blocks import DIM, UserAttention, UserModel
 
@@ -80,9 +80,9 @@ def fail_late(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, calls: int
 
 #: steps of an installation, and how often each runs before it fails
 STAGES: dict[str, tuple[Any, str, int]] = {
-    "outline": (conversion, "apply_outlines", 0),
-    "first cut": (outline, "_cut_out", 2),  # after the two of the working copy
-    "second cut": (outline, "_cut_out", 3),
+    "outline": (conversion, "apply_extractions", 0),
+    "first cut": (block_extraction, "_cut_out", 2),  # after the two of the working copy
+    "second cut": (block_extraction, "_cut_out", 3),
     "first block": (conversion, "install", 0),
     "record": (conversion, "set_record", 0),
     "gates": (conversion, "open_gates", 0),
@@ -99,12 +99,12 @@ def test_convert_in_place_is_undone_at_any_stage(
     analysis = conversion.analyse(model, X, LINEAR, None)
     before = fingerprint(model)
     for name, (place, step, calls) in STAGES.items():
-        if place is outline and kind == "modules":
+        if place is block_extraction and kind == "modules":
             continue
         with monkeypatch.context() as patch:
             patch.setattr(conversion, "analyse", lambda *_args: analysis)
             # of an analysis that was made before, only the model's own cuts are to come
-            fail_late(patch, place, step, calls - 2 if place is outline else calls)
+            fail_late(patch, place, step, calls - 2 if place is block_extraction else calls)
             options = {"calibration": images(4, 32)} if step == "calibrate" else {}
             if step == "calibrate":  # the real one takes minutes; what it leaves is the same
                 patch.setattr(conversion, "calibrate", half_calibrated)

@@ -1,0 +1,125 @@
+"""How values of the query side hold tokens: what `passes.sides.find_axes` finds and later passes
+read."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from dgefx.kernels.layout import has_parts
+from dgefx.kernels.window import WindowAxes
+from dgefx.passes.layout import Layout
+from dgefx.passes.ops import MOVEMENT, argument
+from dgefx.passes.trace.tracer import Trace
+
+
+@dataclass(frozen=True)
+class TokenAxes:
+    """How a value of the query side holds tokens.
+
+    kind: "tokens" (one axis, in the stream's order), "grid" (two axes, H and W), "batch_merged"
+        (images and tokens on one axis, in the stream's order), "window" (slots of windows),
+        "in_transit" (on the way between two of these), "full_resolution" (un-pooled, on another
+        grid than the tokens', until an operation comes back to theirs) or "no_tokens" (no token
+        axis).
+    axes: the token axis or axes. prefix: whether prefix tokens are on the axis too.
+    batch: the image axis, None where images are merged with something else. Of a "batch_merged"
+        value, the token axis.
+    mixes: whether the node lets tokens see each other.
+    windows, merged, inner: of a "window", see `dgefx.kernels.window.WindowAxes`.
+    """
+
+    kind: str
+    axes: tuple[int, ...] = ()
+    prefix: bool = False
+    batch: int | None = None
+    mixes: bool = False
+    windows: tuple[int, ...] = ()
+    merged: bool = False
+    inner: int = 1
+
+    @property
+    def window_axes(self) -> WindowAxes:
+        """For the kernels; a plain form counts as one window."""
+        assert self.batch is not None
+        return WindowAxes(self.batch, self.merged, self.inner, self.windows, self.axes)
+
+
+#: moves tokens and changes none; padding is zero
+MOVES = MOVEMENT | {"roll", "pad"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One perturbation: `image` and grid token `token` at (row, column)."""
+
+    image: int
+    row: int
+    column: int
+
+
+def stream_axes(layout: Layout) -> TokenAxes:
+    """The form of a block's stream."""
+    order = layout.order
+    if order in ("BHWC", "BCHW"):
+        return TokenAxes("grid", (layout.axis("H"), layout.axis("W")), False, 0)
+    batch = 1 if has_parts(order) else layout.axis("B")
+    return TokenAxes("tokens", (layout.axis("N"),), layout.prefix > 0, batch)
+
+
+#: more than half of a patch's tokens; all of them; any of them
+_MOST, _ALL, _ANY = 0.5, 1 - 1e-5, 1e-5
+
+
+def needed_share(node: fx.Node, name: str, place: int | str, asking: Collection[fx.Node]) -> float:
+    """Which share of a patch's tokens a condition, a boolean table, has to hold for (more than
+    that) to hold for their query: so that a query sees the keys that all its tokens see.
+
+    Args:
+        node, name: the operation that reads it. place: among the arguments. asking: nodes of the
+            query side.
+    """
+    if name == "scaled_dot_product_attention":
+        return _ALL
+    if name == "masked_fill":
+        return _ANY
+    condition, first = (1, 0) if node.op == "call_method" else (0, 1)
+    if name == "where" and place in (condition, "condition"):
+        branches = argument(node, first, "input"), argument(node, 2, "other")
+        kept, replaced = (branch in asking for branch in branches)
+        if kept != replaced:
+            return _ALL if kept else _ANY
+    return _MOST
+
+
+def size_inputs(trace: Trace, layout: Layout) -> tuple[fx.Node, fx.Node] | None:
+    """The block's arguments, or attributes, that hold the grid's rows and columns, if any do."""
+    sizes = [
+        n
+        for n in trace.graph.nodes
+        if n.op in ("placeholder", "get_attr") and isinstance(trace.values[n], int)
+    ]
+    for rows, columns in itertools.pairwise(sizes):
+        if (trace.values[rows], trace.values[columns]) == layout.grid:
+            return rows, columns
+    return None
+
+
+def size_read(node: fx.Node, trace: Trace) -> tuple[fx.Node, int] | None:
+    """(tensor, axis) of a node that reads one size of a tensor: `x.shape[1]`, `x.size(1)`."""
+    source, axis = (*node.args, None, None)[:2]
+    if not isinstance(source, fx.Node) or not isinstance(axis, int):
+        return None
+    if node.target is operator.getitem and isinstance(trace.values.get(source), torch.Size):
+        source = source.args[0]
+    elif node.op != "call_method" or node.target != "size":
+        return None
+    value = trace.values.get(source) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or not isinstance(value, Tensor):
+        return None
+    return source, axis % value.dim()

@@ -1,0 +1,141 @@
+"""Pass 4d, hold: under which conditions the graph of a trace is what the block does.
+
+Turns what a trace read and decided into the `Guards` that a converted block asks in every call.
+Called by `passes.plan.plan`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
+
+from dgefx.nn.code import GraphCode
+from dgefx.nn.guards import FLOATS, Guards, Setting
+from dgefx.passes.errors import TraceError
+from dgefx.passes.trace.decisions import size_questions
+from dgefx.passes.trace.tracer import Trace, trace
+
+
+def guards_of(
+    block: nn.Module,
+    traced: Trace,
+    place: int,
+    generated: fx.Graph,
+    types: frozenset[torch.dtype],
+) -> Guards:
+    """What has to hold while `generated`, split from `traced`, stands for the block.
+
+    Args:
+        block: the dense one. place: of the stream among its inputs. types: see `same_types`.
+    """
+    stream = [node for node in traced.graph.nodes if node.op == "placeholder"][place]
+    asked = size_questions(traced.decisions, traced.graph, stream)
+    read_apart = {
+        str(node.target).rpartition(".")[0] for node in generated.nodes if node.op == "get_attr"
+    }
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    doubled = _doubled(called, generated)
+    return Guards(
+        settings=tuple(
+            Setting(module, name, value) for (module, name), value in traced.settings.items()
+        ),
+        kinds=tuple((name, type(block.get_submodule(name))) for name in traced.entered),
+        bypassed=tuple(
+            name
+            for name in (*traced.entered, *sorted(called & read_apart))
+            if not _has_torch_hooks(block.get_submodule(name))
+        ),
+        types=types,
+        device=traced.values[stream].device.type if traced.decisions.asks_device() else None,
+        questions=None if asked is None else GraphCode(asked[0], "questions"),
+        answers=frozenset() if asked is None else frozenset((asked[1],)),
+        aliases=_aliases(block),
+        unpatched=tuple(
+            name for name in traced.entered if "forward" not in vars(block.get_submodule(name))
+        ),
+        doubled=doubled,
+        twice=tuple(
+            name
+            for name in doubled
+            if traced.root.training and keeps_statistics(traced.root.get_submodule(name))
+        ),
+        knows_autocast=traced.knows_autocast,
+    )
+
+
+def _has_torch_hooks(module: nn.Module) -> bool:
+    """Whether hooks of PyTorch's own compute its weights (weight norm): the trace holds them."""
+    hooks = module._forward_pre_hooks.values()
+    return any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def _aliases(block: nn.Module) -> tuple[tuple[str, str], ...]:
+    first: dict[nn.Module, str] = {}
+    names = block.named_modules(remove_duplicate=False)
+    pairs = ((first.setdefault(module, name), name) for name, module in names)
+    return tuple((one, other) for one, other in pairs if one != other)
+
+
+def _doubled(called: set[str], generated: fx.Graph) -> tuple[str, ...]:
+    """Those of the modules called in a trace that both sides need: called twice, or read for rows
+    by each of them."""
+    calls = Counter(
+        str(node.target) for node in generated.nodes if node.op in ("call_module", "get_attr")
+    )
+    return tuple(name for name in sorted(called) if calls[name] > 1)
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether calls in train mode change later ones, by running statistics or a spectral norm."""
+    for part in module.modules():
+        if isinstance(part, _NormBase) and part.track_running_stats:
+            return True
+        # what a parametrization keeps, as spectral norm does
+        held = getattr(part, "parametrizations", None) if is_parametrized(part) else None
+        if isinstance(held, nn.Module) and any(True for _ in held.buffers()):
+            return True
+    return False
+
+
+def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
+    """The floating types in which the block does what was traced: it decides alike, or its other
+    branch comes to the same graph (a clamp of what is not finite)."""
+    held = traced.decisions.types()
+    if traced.decisions.only_here():
+        return held
+    return held | {dtype for dtype in FLOATS - held if _same_graph(block, traced, dtype)}
+
+
+def same_without_grad(block: nn.Module, traced: Trace) -> bool:
+    """Whether the block does the same where gradients are off, if it asks for that."""
+    return not traced.asks_grad or _same_graph(block, traced, traced.decisions.dtype, grad=False)
+
+
+def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype, grad: bool = True) -> bool:
+    try:
+        other = trace(block, traced.spec, traced.root.training, dtype, traced.grid, grad)
+    except TraceError:
+        return False
+    return _source(traced.graph) == _source(other.graph)
+
+
+def _source(graph: fx.Graph) -> list[str]:
+    """The calls of a graph that lead to its output, whatever its nodes are called."""
+    front = [next(node for node in graph.nodes if node.op == "output")]
+    needed = set(front)
+    while front:
+        fresh = [n for n in front.pop().all_input_nodes if n not in needed]
+        needed.update(fresh)
+        front += fresh
+    numbers: dict[fx.Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        if node in needed:
+            numbers[node] = f"%{len(numbers)}"
+            args = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
+            lines.append(f"{node.op} {node.target} {args}")
+    return lines
