@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.errors import TraceError
-from dgefx.passes.trace.tracer import Trace, run_node, trace
+from dgefx.passes.ops import run_node
+from dgefx.passes.trace.tracer import Trace, trace
 
 
 class UnfusedAttention(nn.Module):

@@ -6,8 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
-from torch.fx import Node
+from torch.fx import Node, map_arg
+
+from dgefx.passes.errors import TraceError
 
 _ALIASES = {
     "multiply": "mul",
@@ -103,3 +108,34 @@ def argument(node: Node, position: int, name: str, default: object = None) -> ob
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def run_node(node: Node, root: nn.Module | None, args: Any, kwargs: Any) -> Any:
+    """Execute one node of any of this library's graphs."""
+    if node.op == "get_attr":
+        value: Any = root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    if node.op == "call_module":
+        assert root is not None
+        return root.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    raise TraceError(f"cannot execute {node.op} node {node}")
+
+
+def map_sources(
+    node: Node, edges: frozenset[tuple[Node, int | str]], pick: Callable[[Node, bool], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `node` with every producer replaced by `pick(producer, crosses)`."""
+
+    def convert(argument: Any, place: int | str) -> Any:
+        crosses = (node, place) in edges
+        return map_arg(argument, lambda source: pick(source, crosses))
+
+    args = tuple(convert(argument, i) for i, argument in enumerate(node.args))
+    kwargs = {name: convert(argument, name) for name, argument in node.kwargs.items()}
+    return args, kwargs

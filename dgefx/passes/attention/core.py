@@ -8,12 +8,10 @@ attention, where queries sample a map (`passes.attention.sampling`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
-from torch.fx import Graph, Node, map_arg
+from torch.fx import Graph, Node
 
 from dgefx.passes.attention.sampling import sampled_map
 from dgefx.passes.attention.unfused import UnfusedAttention, UnfusedSearch, Values
@@ -82,20 +80,6 @@ def _unfused_core(written: UnfusedAttention) -> AttentionCore:
         written.query_axes,
         written.key_axes,
     )
-
-
-def map_sources(
-    node: Node, edges: frozenset[tuple[Node, int | str]], pick: Callable[[Node, bool], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `node` with every producer replaced by `pick(producer, crosses)`."""
-
-    def convert(argument: Any, place: int | str) -> Any:
-        crosses = (node, place) in edges
-        return map_arg(argument, lambda source: pick(source, crosses))
-
-    args = tuple(convert(argument, i) for i, argument in enumerate(node.args))
-    kwargs = {name: convert(argument, name) for name, argument in node.kwargs.items()}
-    return args, kwargs
 
 
 def find_cores(graph: Graph, values: Values, root: nn.Module | None = None) -> list[AttentionCore]:

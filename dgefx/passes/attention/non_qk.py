@@ -12,8 +12,8 @@ from torch.fx import Graph, Node
 
 from dgefx.passes.attention.core import AttentionCore
 from dgefx.passes.attention.unfused import UnfusedSearch, Weighed
+from dgefx.passes.labels import varies
 from dgefx.passes.locate.grid import GridFinder
-from dgefx.passes.locate.token_ids import varies
 from dgefx.passes.ops import MOVEMENT, argument, op_name
 
 _JOINS = frozenset({"stack", "cat"})

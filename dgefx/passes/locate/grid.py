@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from dgefx.passes.labels import varies
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.token_ids import (
     Numbers,
@@ -30,7 +31,6 @@ from dgefx.passes.locate.token_ids import (
     sub_lattice,
     unfolded,
     unfolded_numbers,
-    varies,
     without_axis,
 )
 from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name

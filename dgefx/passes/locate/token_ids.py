@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from dgefx.passes.labels import varies
 from dgefx.passes.ops import argument
 
 
@@ -222,10 +223,3 @@ def _is_block(rows: Tensor, columns: Tensor) -> bool:
     pairs, counts = torch.unique(torch.stack([rows, columns]), dim=1, return_counts=True)
     combinations = len(torch.unique(rows)) * len(torch.unique(columns))
     return pairs.shape[1] == combinations > 1 and int(counts.min()) == int(counts.max()) > 1
-
-
-def varies(ids: Tensor, axis: int) -> bool:
-    """Whether numbers differ along an axis."""
-    if ids.stride(axis) == 0:
-        return False
-    return ids.shape[axis] > 1 and not torch.equal(ids, ids.narrow(axis, 0, 1).expand_as(ids))

@@ -20,13 +20,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from dgefx.passes.attention.core import map_sources
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import ELEMENTWISE, op_name
+from dgefx.passes.ops import ELEMENTWISE, map_sources, op_name, run_node
 from dgefx.passes.sides.sides import Sides
 from dgefx.passes.sides.token_axes import TokenAxes, needed_share
 from dgefx.passes.sides.window_partition import Partition
-from dgefx.passes.trace.tracer import Trace, run_node
+from dgefx.passes.trace.tracer import Trace
 
 #: what does not follow the data, and is the same in both sides at the traced size
 _FIXED = (int, float, bool, str, torch.dtype, torch.device, type(None))

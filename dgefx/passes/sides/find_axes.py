@@ -16,17 +16,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from dgefx.kernels.layout import has_parts
-from dgefx.passes.attention.core import map_sources
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import map_sources, op_name, run_node
 from dgefx.passes.randomise import randomise_constants
 from dgefx.passes.sides.full_resolution import FullResolution
 from dgefx.passes.sides.sides import Sides
 from dgefx.passes.sides.token_axes import Probe, TokenAxes, stream_axes
 from dgefx.passes.sides.window_axes import WindowAxesFinder
 from dgefx.passes.trace.deterministic import Deterministic, seed_all
-from dgefx.passes.trace.tracer import Trace, run_node
+from dgefx.passes.trace.tracer import Trace
 
 #: a change that counts, in units of the type's precision, relative to the value itself and to the
 #: largest one. What did not change is put back after every node, so that only the rounding of one

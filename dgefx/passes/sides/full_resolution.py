@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from dgefx.passes.ops import run_node
 from dgefx.passes.sides.token_axes import TokenAxes
-from dgefx.passes.trace.tracer import run_node
 
 if TYPE_CHECKING:
     from dgefx.passes.sides.find_axes import TokenAxesFinder

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dgefx.passes.ops import MOVEMENT, argument, op_name
+from dgefx.passes.ops import MOVEMENT, argument, op_name, run_node
 from dgefx.passes.sides.sides import Sides
-from dgefx.passes.trace.tracer import HOOKED, Trace, run_node
+from dgefx.passes.trace.tracer import HOOKED, Trace
 
 
 @dataclass(frozen=True)

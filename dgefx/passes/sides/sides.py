@@ -17,9 +17,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from dgefx.passes.attention.core import AttentionCore, find_cores, map_sources
+from dgefx.passes.attention.core import AttentionCore, find_cores
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, op_name
+from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, map_sources, op_name
 from dgefx.passes.sides.token_axes import size_read
 from dgefx.passes.trace.tracer import Trace
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from dgefx.nn.windows import WindowRule, borders_of, usual_step
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import op_name, run_node
 from dgefx.passes.sides.sides import Sides
 from dgefx.passes.sides.token_axes import MOVES, Probe, TokenAxes, size_inputs, stream_axes
 from dgefx.passes.sides.window_partition import (
@@ -27,7 +27,7 @@ from dgefx.passes.sides.window_partition import (
     mask_cuts,
     read_partition,
 )
-from dgefx.passes.trace.tracer import Trace, run_node
+from dgefx.passes.trace.tracer import Trace
 
 
 class WindowAxesFinder:

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from dgefx.ambient import working_dtype
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.errors import TraceError
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import op_name, run_node
 from dgefx.passes.trace.attributes import Attributes, containers, told_sizes, watched
 from dgefx.passes.trace.calls import Calls, autocast_state
 from dgefx.passes.trace.decisions import Decisions, has_shape_of_data
@@ -608,22 +608,6 @@ class _KeepRandom(TorchFunctionMode):
         if name.endswith("_") or torch.overrides.is_tensor_method_or_property(func):
             raise TraceError(f"{name} draws random numbers into a constant tensor")
         return self.tracer.create_proxy("call_function", func, args, kwargs)
-
-
-def run_node(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Execute one node of any of this library's graphs."""
-    if node.op == "get_attr":
-        value: Any = root
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
-    if node.op == "call_module":
-        return root.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    raise TraceError(f"cannot execute {node.op} node {node}")
 
 
 @dataclass
