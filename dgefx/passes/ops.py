@@ -1,4 +1,4 @@
-"""One vocabulary for operations, whatever way they were written.
+"""One vocabulary for operations, whatever way they were written, and one table of what they do.
 
 `x @ y`, `torch.matmul(x, y)`, `x.matmul(y)` and a recorded tensor method are all "matmul" here,
 `nn.Linear` and `F.linear` are both "linear". Every later pass speaks these names.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Flag, auto
 from typing import Any
 
 from torch import nn
@@ -51,27 +52,97 @@ _IN_PLACE = {
     "ifloordiv": "floordiv",
 }
 
-#: pure data movement: every output element is one input element
-MOVEMENT = frozenset(
-    "view reshape permute transpose flatten unflatten squeeze unsqueeze contiguous clone unbind "
-    "chunk split tensor_split getitem select narrow movedim expand identity detach view_as "
-    "reshape_as expand_as split_with_sizes".split()
+
+class Op(Flag):
+    """What an operation does; most do several of these."""
+
+    MOVES = auto()  # every output element is one input element
+    SIZED = auto()  # moves data; its size arguments may name the token count
+    SHIFTS = auto()  # moves data along an axis that it keeps, and may fill up
+    SAME = auto()  # moves nothing either
+    JOINS = auto()  # makes one tensor of several
+    SELECTS = auto()  # takes elements by an index
+    PAIRS = auto()  # between real pairs and complex numbers
+    ELEMENTWISE = auto()  # element by element, operands aligned by broadcasting
+    BINARY = auto()  # elementwise, joins two tensors: either may carry the stream
+    CASTS = auto()  # changes the type alone
+    TOKENWISE = auto()  # leaves every token where it is
+    CHANNELS = auto()  # reads all of the last axis at once: what lies there is one token afterwards
+    SCALES = auto()  # its numbers change values alone, not what happens to them
+    PRODUCT = auto()  # sums products of two values over an axis
+    REDUCES = auto()  # takes an axis away
+    SPATIAL = auto()  # works on (B, C, H, W)
+    VOLUME = auto()  # works on (B, C, D, H, W)
+    RANDOM = auto()  # draws random numbers
+    FILLS = auto()  # as a method with "_": sets every element anew
+    CREATES = auto()  # makes a tensor of a given size, from nothing
+    UNINITIALISED = auto()  # makes a tensor of no known values
+    READS_ELEMENTS = auto()  # makes a number or boolean of a tensor's elements
+    READS_SIZES = auto()  # asks a value for what its elements do not tell
+    READS_TYPE = auto()  # asks for, or changes, the type
+    CHECKS_RANGE = auto()  # the same for all sane data
+    SHAPED_BY_DATA = auto()  # gives as many elements as the elements that it is given say
+
+
+_TABLE: tuple[tuple[str, Op], ...] = (
+    ("view reshape unflatten", Op.MOVES | Op.SIZED),
+    ("permute transpose movedim flatten squeeze unsqueeze expand", Op.MOVES),
+    ("unbind chunk split split_with_sizes tensor_split select narrow", Op.MOVES),
+    ("view_as reshape_as expand_as", Op.MOVES),
+    ("contiguous clone detach identity", Op.MOVES | Op.SAME | Op.TOKENWISE),
+    ("getitem", Op.MOVES | Op.SELECTS | Op.READS_SIZES),
+    ("roll pad", Op.SHIFTS),
+    ("cat stack", Op.JOINS),
+    ("gather index_select take_along_dim index", Op.SELECTS),
+    ("masked_select", Op.SELECTS | Op.SHAPED_BY_DATA),
+    ("nonzero argwhere unique unique_consecutive bincount", Op.SHAPED_BY_DATA),
+    ("view_as_complex view_as_real", Op.PAIRS),
+    ("add sub mul div", Op.ELEMENTWISE | Op.BINARY | Op.TOKENWISE | Op.SCALES),
+    ("where type_as lerp addcmul maximum minimum", Op.ELEMENTWISE | Op.BINARY | Op.TOKENWISE),
+    ("pow neg abs exp sqrt rsqrt clamp masked_fill", Op.ELEMENTWISE | Op.TOKENWISE),
+    ("sigmoid tanh relu gelu silu softplus elu leaky_relu", Op.ELEMENTWISE | Op.TOKENWISE),
+    ("hardswish hardsigmoid", Op.ELEMENTWISE | Op.TOKENWISE),
+    ("eq ne lt le gt ge", Op.ELEMENTWISE | Op.TOKENWISE),
+    ("logical_and logical_or logical_not", Op.ELEMENTWISE | Op.TOKENWISE),
+    ("float half bfloat16 double", Op.ELEMENTWISE | Op.TOKENWISE),
+    ("dropout", Op.ELEMENTWISE | Op.TOKENWISE | Op.SCALES),
+    ("to", Op.ELEMENTWISE | Op.CASTS | Op.TOKENWISE),
+    ("type", Op.CASTS | Op.TOKENWISE | Op.READS_TYPE),
+    ("dtype is_floating_point is_complex", Op.READS_TYPE),
+    ("linear layer_norm rms_norm", Op.TOKENWISE | Op.CHANNELS),
+    ("batch_norm normalize softmax", Op.TOKENWISE),
+    ("matmul einsum", Op.PRODUCT),
+    ("max amax mean sum", Op.REDUCES),
+    ("conv2d conv_transpose2d max_pool2d avg_pool2d adaptive_avg_pool2d", Op.SPATIAL),
+    ("max_pool2d_with_indices interpolate upsample group_norm groupnorm", Op.SPATIAL),
+    ("conv3d conv_transpose3d max_pool3d avg_pool3d adaptive_avg_pool3d", Op.VOLUME),
+    ("rand randn", Op.RANDOM | Op.CREATES),
+    ("randint randperm multinomial poisson rand_like randn_like randint_like", Op.RANDOM),
+    ("uniform normal random exponential", Op.RANDOM | Op.FILLS),
+    ("bernoulli", Op.RANDOM | Op.FILLS | Op.SCALES),
+    ("fill zero copy", Op.FILLS),
+    ("ones zeros full new_ones new_zeros new_full", Op.CREATES),
+    ("empty new_empty", Op.CREATES | Op.UNINITIALISED),
+    ("empty_like", Op.UNINITIALISED),
+    ("item tolist equal allclose is_nonzero", Op.READS_ELEMENTS),
+    ("getattr size dim numel", Op.READS_SIZES),
+    ("isfinite isinf isnan", Op.CHECKS_RANGE),
 )
 
-#: movement whose size arguments may name the token count
-VIEWS = frozenset("view reshape unflatten".split())
+#: name -> what it does, each name once
+OPERATIONS: dict[str, Op] = {name: does for names, does in _TABLE for name in names.split()}
 
-#: element by element, operands aligned by broadcasting
-ELEMENTWISE = frozenset(
-    "add sub mul div pow neg abs exp sigmoid tanh relu gelu silu where masked_fill maximum minimum "
-    "clamp type_as to float half bfloat16 double dropout addcmul lerp rsqrt sqrt eq ne lt le gt ge "
-    "logical_and logical_or logical_not softplus hardswish hardsigmoid elu leaky_relu".split()
-)
 
-#: leaves every token where it is (used to walk the residual stream)
-TOKENWISE = ELEMENTWISE | frozenset(
-    "linear layer_norm rms_norm batch_norm dropout normalize softmax identity to type".split()
-)
+def named(does: Op) -> frozenset[str]:
+    """The names of the operations that do any of these."""
+    return frozenset(name for name, own in OPERATIONS.items() if own & does)
+
+
+MOVEMENT = named(Op.MOVES)
+VIEWS = named(Op.SIZED)
+ELEMENTWISE = named(Op.ELEMENTWISE)
+TOKENWISE = named(Op.TOKENWISE)
+RANDOM = named(Op.RANDOM)
 
 
 def _normalise(name: str) -> str:

@@ -14,9 +14,9 @@ from dgefx.passes.attention.core import AttentionCore
 from dgefx.passes.attention.unfused import UnfusedSearch, Weighed
 from dgefx.passes.labels import varies
 from dgefx.passes.locate.grid import GridFinder
-from dgefx.passes.ops import MOVEMENT, argument, op_name
+from dgefx.passes.ops import Op, argument, named, op_name
 
-_JOINS = frozenset({"stack", "cat"})
+_MOVES_OR_JOINS = named(Op.MOVES | Op.JOINS)
 
 
 class _Tokens(GridFinder):
@@ -76,7 +76,7 @@ def _moved_from(node: Node, sources: set[Node]) -> bool:
         current = front.pop()
         if current in sources:
             return True
-        if current.op.startswith("call_") and op_name(current) in MOVEMENT | _JOINS:
+        if current.op.startswith("call_") and op_name(current) in _MOVES_OR_JOINS:
             fresh = [n for n in current.all_input_nodes if n not in seen]
             seen.update(fresh)
             front.extend(fresh)

@@ -17,10 +17,10 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Node
 
-from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, argument, op_name
+from dgefx.passes.ops import ELEMENTWISE, Op, argument, named, op_name
 
-_JOINS = MOVEMENT | {"stack", "cat", "to", "type"}
-_WEIGHS = frozenset({"mul", "matmul", "einsum"})
+_JOINS = named(Op.MOVES | Op.JOINS | Op.CASTS)
+_WEIGHS = named(Op.PRODUCT) | {"mul"}
 _BEHIND_WEIGHTS = ELEMENTWISE | _JOINS | {"softmax"}
 
 

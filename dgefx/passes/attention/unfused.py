@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, map_arg
 
-from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, argument, op_name
+from dgefx.passes.ops import MOVEMENT, Op, argument, named, op_name
 
 #: the value of a node that is no tensor, and a tensor of the right shape for one that is
 Values = Callable[[Node], Any]
 
-PRODUCTS = frozenset({"matmul", "einsum"})
-_KEEPS_AXES = ELEMENTWISE | {"softmax", "contiguous", "clone", "identity", "to", "type", "detach"}
+_PRODUCTS = named(Op.PRODUCT)
+_KEEPS_AXES = named(Op.ELEMENTWISE | Op.CASTS | Op.SAME) | {"softmax"}
 #: mixes the last axis, or the channels of an image
 _MIXES = {"linear": -1, "layer_norm": -1, "rms_norm": -1, "conv2d": -3, "batch_norm": None}
 
@@ -84,7 +84,7 @@ def _rank(value: Any) -> int:
 def product_of(node: Node, root: nn.Module | None, values: Values) -> Product | None:
     """What a matmul or a two-operand einsum multiplies; None for anything else."""
     name = op_name(node, root)
-    if name not in PRODUCTS or node.op == "call_module":
+    if name not in _PRODUCTS or node.op == "call_module":
         return None
     if name == "einsum":
         return _einsum_product(node, values)

@@ -9,15 +9,11 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dgefx.passes.locate.grid import GridFinder
-from dgefx.passes.ops import argument, op_name
+from dgefx.passes.ops import RANDOM, Op, argument, named, op_name
 from dgefx.passes.reasons import Reason
 
-_SELECTS = frozenset("gather getitem index_select take_along_dim masked_select index".split())
-_RANDOM = frozenset(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial "
-    "uniform normal".split()
-)
-_VOLUMES = frozenset("conv3d conv_transpose3d max_pool3d avg_pool3d adaptive_avg_pool3d".split())
+_SELECTS = named(Op.SELECTS)
+_VOLUMES = named(Op.VOLUME)
 
 
 def _behind(nodes: list[Node]) -> set[Node]:
@@ -47,7 +43,7 @@ def _selected(node: Node) -> Reason | None:
     causes = _behind(index)
     if _inputs(causes):
         how = "by the values of its input (pruning by a score, a mask, proposals)"
-    elif any(op_name(cause) in _RANDOM for cause in causes):
+    elif any(op_name(cause) in RANDOM for cause in causes):
         how = "at random (patch dropout, masked training)"
     else:
         return None

@@ -26,16 +26,13 @@ from dgefx.kernels.window import image_count
 from dgefx.passes.attention.core import AttentionCore
 from dgefx.passes.emit.emitter import QueryGraphEmitter, RewrittenGraph
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import argument, op_name
+from dgefx.passes.ops import Op, argument, named, op_name
 from dgefx.passes.sides.prefix import BOTH, OTHER, REST, cut_part, joined_parts
 from dgefx.passes.sides.token_axes import TokenAxes
 from dgefx.passes.trace.tracer import HOOKED
 
 _INSTEAD = 'use DGEConfig(budget="per_image")'
-#: make a tensor of a given size, from nothing
-_CREATES = frozenset(
-    "new_empty new_ones new_zeros new_full empty ones zeros full rand randn".split()
-)
+_CREATES = named(Op.CREATES)
 
 
 class PackedQueryEmitter(QueryGraphEmitter):

@@ -22,11 +22,10 @@ from dgefx.nn.outlined import OutlinedBlock, container_of, hide_from_state_dict
 from dgefx.passes.capture import Call, record_calls
 from dgefx.passes.frontends.aten import lower_aten
 from dgefx.passes.frontends.graph_blocks import GraphBlock, find_graph_blocks
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.plan.plan import put
 
-#: operations that only read
-_READS = frozenset({"getitem", "getattr", "size", "dim", "numel"})
+_READS = named(Op.READS_SIZES)
 #: in the meta of a graph module: its graph as it was, and the names of what was outlined
 _KEPT = "dgefx_dense"
 

@@ -33,19 +33,17 @@ from dgefx.passes.locate.token_ids import (
     unfolded_numbers,
     without_axis,
 )
-from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
+from dgefx.passes.ops import TOKENWISE, Op, argument, named, op_name
 
-_SPATIAL = frozenset(
-    "conv2d conv_transpose2d max_pool2d avg_pool2d adaptive_avg_pool2d interpolate upsample "
-    "max_pool2d_with_indices group_norm groupnorm".split()
-)
+_SPATIAL = named(Op.SPATIAL)
 #: every row of the result is about the same token as that row of the first operand
-_ROWS = frozenset({"matmul", "scaled_dot_product_attention"})
-_REDUCES = frozenset({"max", "amax", "mean", "sum"})
-_COMPLEX = frozenset({"view_as_complex", "view_as_real"})
-_REARRANGE = MOVEMENT | _COMPLEX | {"cat", "roll", "flip", "pad", "index_select"}
-#: reads all channels of a token at once: what lies in them is one token afterwards
-_MIX_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm"})
+_ROWS = {"matmul", "scaled_dot_product_attention"}
+_REDUCES = named(Op.REDUCES)
+_COMPLEX = named(Op.PAIRS)
+_REARRANGE = named(Op.MOVES | Op.PAIRS | Op.SHIFTS) | {"cat", "flip", "index_select"}
+_MIX_CHANNELS = named(Op.CHANNELS)
+#: either operand may carry the stream
+_PAIRS = named(Op.BINARY)
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class GridFinder:
         if not node.op.startswith("call_"):
             return []
         name = op_name(node)
-        if name in _REARRANGE or name in ELEMENTWISE_PAIRS:
+        if name in _REARRANGE or name in _PAIRS:
             return list(node.all_input_nodes)
         known = TOKENWISE | _SPATIAL | _ROWS | _REDUCES | {"set_item", "unfold", "im2col"}
         return node.all_input_nodes[:1] if name in known else []
@@ -251,10 +249,6 @@ class _Parts:
 
     def __init__(self, node: Node) -> None:
         self.node = node
-
-
-#: element-by-element operations that join two tensors: either may carry the stream
-ELEMENTWISE_PAIRS = frozenset("add sub mul div where type_as lerp addcmul maximum minimum".split())
 
 
 def _grid_layout(ids: Tensor, numbers: Numbers) -> Layout | str:

@@ -24,20 +24,23 @@ from dgefx.passes.diagnosis.no_layout import why_unplaced
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.grid import GridFinder
 from dgefx.passes.locate.repeats import Repeats
-from dgefx.passes.ops import MOVEMENT, TOKENWISE, argument, op_name
+from dgefx.passes.ops import Op, argument, named, op_name
 from dgefx.passes.reasons import KindName, Reason
 
 _SINK = "sink"
 
 #: leaves every element what it is; a cast to the type that a tensor has returns that tensor, so
 #: that what a norm casts (`x.float()`) may be what is added to later
-_SAME = MOVEMENT | {"dropout", "to", "float", "type"}
+_SAME = named(Op.MOVES | Op.CASTS) | {"dropout", "float"}
 #: what a stream may go through before it is added to: it stays the stream, scaled
 _SCALING = _SAME | {"mul", "div"}
 #: lets tokens see each other; a path through it is the update, not the stream
-_ATTENDS = frozenset(
-    {"matmul", "einsum", "softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
-)
+_ATTENDS = named(Op.PRODUCT) | {
+    "softmax",
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+}
+_TOKENS_STAY = named(Op.TOKENWISE | Op.MOVES)
 _LEARNED = Reason(
     "its stream starts with learned queries, not with the image's tokens",
     "pooling head or learned queries",
@@ -596,4 +599,4 @@ def _is_tokenwise(node: Node) -> bool:
     if name == "conv2d":
         weight = argument(node, 1, "weight")
         return isinstance(weight, Node) and tuple(weight.meta["shape"][2:]) == (1, 1)
-    return name in TOKENWISE | MOVEMENT
+    return name in _TOKENS_STAY

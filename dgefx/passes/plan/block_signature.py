@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.trace.tracer import Trace
 
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -40,7 +40,7 @@ _PLAIN = (
     torch.memory_format,
 )
 #: what floats among the arguments do not change the places of
-_SCALES = frozenset("mul div add sub bernoulli dropout".split())
+_SCALES = named(Op.SCALES)
 #: what of a tensor's elements does not add to the others, and of how many it has to be so that
 #: one cannot tell from a block what another one mixes (a kernel that passes its input on)
 _NEGLIGIBLE, _SPARSE = 1e-6, 1e-2

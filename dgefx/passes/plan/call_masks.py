@@ -26,7 +26,7 @@ from dgefx.nn.guards import Guards
 from dgefx.passes.capture import Call
 from dgefx.passes.emit.rewrite import RewrittenGraph
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.plan.call_probe import (
     MASK_SHAPES,
     MaskShape,
@@ -51,7 +51,7 @@ _Takes = Callable[[str, Tensor | None], Tensor | None]
 #: the argument, the place of its shape in `MASK_SHAPES` (None: left out), the grid it is planned on
 Held = tuple[str, int | None, tuple[int, int]]
 #: what tells the type of a tensor
-_READS_DTYPE = frozenset({"dtype", "is_floating_point", "is_complex", "type"})
+_READS_DTYPE = named(Op.READS_TYPE)
 
 
 class MaskForms:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from dgefx.kernels.layout import has_parts
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import map_sources, op_name, run_node
+from dgefx.passes.ops import Op, map_sources, named, op_name, run_node
 from dgefx.passes.randomise import randomise_constants
 from dgefx.passes.sides.full_resolution import FullResolution
 from dgefx.passes.sides.sides import Sides
@@ -33,7 +33,7 @@ from dgefx.passes.trace.tracer import Trace
 _OWN_TOLERANCE, _TOLERANCE = 16, 8
 #: scores as far down as this are of keys that are hidden
 _HIDDEN = 1e8
-_UNINITIALISED = frozenset({"new_empty", "empty_like", "empty"})
+_UNINITIALISED = named(Op.UNINITIALISED)
 
 
 class TokenAxesFinder:

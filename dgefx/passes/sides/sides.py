@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from dgefx.passes.attention.core import AttentionCore, find_cores
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, map_sources, op_name
+from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, Op, map_sources, named, op_name
 from dgefx.passes.sides.token_axes import size_read
 from dgefx.passes.trace.tracer import Trace
 
@@ -136,7 +136,7 @@ def find_output(trace: Trace, flow: nx.DiGraph, stream: Node, first_only: bool =
 
 
 #: operations that leave a main path what it is
-KEEPS_STREAM = MOVEMENT | {"add", "cat", "dropout", "identity", "to", "type"}
+KEEPS_STREAM = named(Op.MOVES | Op.CASTS) | {"add", "cat", "dropout"}
 
 
 def main_path(trace: Trace, flow: nx.DiGraph, stream: Node, output: Node) -> list[Node]:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from dgefx.kernels.layout import has_parts
 from dgefx.kernels.window import WindowAxes
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import MOVEMENT, argument
+from dgefx.passes.ops import Op, argument, named
 from dgefx.passes.trace.tracer import Trace
 
 
@@ -51,7 +51,7 @@ class TokenAxes:
 
 
 #: moves tokens and changes none; padding is zero
-MOVES = MOVEMENT | {"roll", "pad"}
+MOVES = named(Op.MOVES | Op.SHIFTS)
 
 
 @dataclass(frozen=True)

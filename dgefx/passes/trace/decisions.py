@@ -17,13 +17,11 @@ from torch import Tensor, fx, nn
 
 from dgefx.ambient import working_dtype
 from dgefx.nn.guards import FLOATS
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.trace.mutation import tensors_of
 
 #: how many elements these have depends on what they are given
-_SHAPED_BY_DATA = frozenset(
-    "nonzero argwhere masked_select unique unique_consecutive bincount".split()
-)
+_SHAPED_BY_DATA = named(Op.SHAPED_BY_DATA)
 
 
 @dataclass

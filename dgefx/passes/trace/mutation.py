@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from dgefx.passes.errors import TraceError
+from dgefx.passes.ops import Op, named
 
 Emit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], fx.Node]
 Run = Callable[[fx.Node, Any, Any], Any]
@@ -44,7 +45,7 @@ AUGMENTED: dict[Any, Any] = {
 _AUGMENTED_METHODS = {f"__{function.__name__}__": plain for function, plain in AUGMENTED.items()}
 
 #: set every element anew: no functional twin, and no reading of what was there
-_FILLS = frozenset("bernoulli_ uniform_ normal_ fill_ zero_ copy_ random_ exponential_".split())
+_FILLS = {f"{name}_" for name in named(Op.FILLS)}
 
 
 def is_fill(node: fx.Node) -> bool:

@@ -29,11 +29,10 @@ from torch.overrides import TorchFunctionMode
 from dgefx.ambient import working_dtype
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.errors import TraceError
-from dgefx.passes.ops import op_name, run_node
+from dgefx.passes.ops import RANDOM, Op, named, op_name, run_node
 from dgefx.passes.trace.attributes import Attributes, containers, told_sizes, watched
 from dgefx.passes.trace.calls import Calls, autocast_state
 from dgefx.passes.trace.decisions import Decisions, has_shape_of_data
-from dgefx.passes.trace.deterministic import RANDOM
 from dgefx.passes.trace.einops_proxies import know_proxies
 from dgefx.passes.trace.interception import watched_modules, wrapped_functions
 from dgefx.passes.trace.mutation import (
@@ -51,7 +50,7 @@ from dgefx.passes.trace.tokenwise import keeps_tokens_apart
 from dgefx.passes.user_code import is_internal, place_now, said
 
 #: results that are numbers or booleans made of the elements of a tensor
-_READS_ELEMENTS = frozenset({"item", "tolist", "equal", "allclose", "is_nonzero"})
+_READS_ELEMENTS = named(Op.READS_ELEMENTS)
 #: attributes and methods of a tensor that are about its gradient, and no part of a graph
 _ASKS_OF_GRADIENTS = frozenset(
     "requires_grad grad grad_fn is_leaf register_hook retain_grad requires_grad_ is_inference "
@@ -59,7 +58,7 @@ _ASKS_OF_GRADIENTS = frozenset(
 )
 _UNPACK = dis.opmap["UNPACK_SEQUENCE"]
 #: what blocks ask before they clamp half precision; the same for all sane data
-_GUARDS_OVERFLOW = frozenset({"isfinite", "isinf", "isnan"})
+_GUARDS_OVERFLOW = named(Op.CHECKS_RANGE)
 
 
 class ConcolicProxy(fx.Proxy):
