@@ -19,6 +19,7 @@ from dgefx.ambient import working_dtype
 from dgefx.nn.guards import FLOATS
 from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.trace.mutation import tensors_of
+from dgefx.passes.walk import breadth_first
 
 #: how many elements these have depends on what they are given
 _SHAPED_BY_DATA = named(Op.SHAPED_BY_DATA)
@@ -125,17 +126,15 @@ def _reads_item_size(node: fx.Node) -> bool:
 
 def has_shape_of_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
     """Whether the shape of a node's value may follow the elements of what it is computed from."""
-    front, seen = [node], {node}
-    while front:
-        now = front.pop()
-        if not tensors_of(values.get(now)) or not now.op.startswith("call_"):
-            continue
-        if is_shaped_by_data(now, values, root):
-            return True
-        fresh = [n for n in now.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        front += fresh
-    return False
+
+    def is_computed(source: fx.Node) -> bool:
+        return source.op.startswith("call_") and bool(tensors_of(values.get(source)))
+
+    def sources(tensor: fx.Node) -> list[fx.Node]:
+        return tensor.all_input_nodes if is_computed(tensor) else []
+
+    tensors = filter(is_computed, breadth_first([node], sources))
+    return any(is_shaped_by_data(tensor, values, root) for tensor in tensors)
 
 
 def is_shaped_by_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module) -> bool:
@@ -160,15 +159,12 @@ def is_shaped_by_data(node: fx.Node, values: dict[fx.Node, Any], root: nn.Module
 
 def _size_sources(node: fx.Node, values: dict[fx.Node, Any]) -> set[fx.Node]:
     """Nodes behind a number, as far as they are no tensors, and the tensors whose sizes it is."""
-    front, seen = [node], {node}
-    while front:
-        now = front.pop()
-        if tensors_of(values[now]) or not now.op.startswith("call_"):
-            continue
-        fresh = [n for n in now.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        front += fresh
-    return seen
+
+    def sources(number: fx.Node) -> list[fx.Node]:
+        computed = number.op.startswith("call_") and not tensors_of(values[number])
+        return number.all_input_nodes if computed else []
+
+    return set(breadth_first([node], sources))
 
 
 def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, axis: int) -> bool:

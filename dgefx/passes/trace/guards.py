@@ -18,6 +18,7 @@ from dgefx.nn.guards import FLOATS, Guards, Setting
 from dgefx.passes.errors import TraceError
 from dgefx.passes.trace.decisions import size_questions
 from dgefx.passes.trace.tracer import Trace, trace
+from dgefx.passes.walk import behind
 
 
 def guards_of(
@@ -125,12 +126,7 @@ def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype, grad: bool 
 
 def _source(graph: fx.Graph) -> list[str]:
     """The calls of a graph that lead to its output, whatever its nodes are called."""
-    front = [next(node for node in graph.nodes if node.op == "output")]
-    needed = set(front)
-    while front:
-        fresh = [n for n in front.pop().all_input_nodes if n not in needed]
-        needed.update(fresh)
-        front += fresh
+    needed = set(behind(graph.output_node()))
     numbers: dict[fx.Node, str] = {}
     lines = []
     for node in graph.nodes:
