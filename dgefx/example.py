@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.record import Record, find_parts
 
 

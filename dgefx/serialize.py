@@ -24,7 +24,8 @@ from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import plan_of
 from dgefx.nn.router import Router
 from dgefx.passes.frontends.exported import as_module
-from dgefx.passes.pipeline import Analysis, analyse, check_model
+from dgefx.passes.frontends.model import check_model
+from dgefx.passes.pipeline import Analysis, analyse
 from dgefx.record import (
     BlockTable,
     Calibration,

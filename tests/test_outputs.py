@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import dgefx
-from dgefx.passes.capture import tensors_in
+from dgefx.outputs import tensors_in
 from tests.helpers import TinyViT, error, images, randomise
 
 X = images(2, 32)

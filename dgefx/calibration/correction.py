@@ -22,7 +22,7 @@ from dgefx.kernels.correction import Correction
 from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.record import set_plans
 
 #: of every feature's own variance

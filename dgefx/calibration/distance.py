@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dgefx.passes.plan.verify import output_tensors
+from dgefx.outputs import output_tensors
 
 Kind = Literal["kl", "relative"]
 

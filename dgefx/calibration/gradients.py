@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 
 
 class NoGradientsError(Exception):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dgefx.calibration.augment import random_views
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 
 #: names under which data sets keep images, if the model's own parameter name is not among them
 _IMAGE_KEYS = ("pixel_values", "image", "images", "img", "x", "input")

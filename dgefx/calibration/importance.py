@@ -22,7 +22,7 @@ from dgefx.calibration.distance import Kind, probe
 from dgefx.calibration.gradients import gradients, run_with_gradients
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.router import Router
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 
 #: backward passes per batch
 PROBES = 4

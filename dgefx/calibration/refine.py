@@ -20,7 +20,7 @@ from dgefx.calibration.gradients import gradients, run_with_gradients
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan
 from dgefx.nn.router import Router
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.record import set_plans
 
 #: size of a step, relative to the root mean square of the numbers that are moved

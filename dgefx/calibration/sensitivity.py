@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dgefx.calibration.distance import Kind, compared, distance, reference
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.capacity import Plan, plan_from_fractions, plans
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 
 #: shares of the finest plan's slots that are measured, beside the coarsest plan
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24, 0.16)

@@ -30,7 +30,7 @@ from dgefx.calibration.sensitivity import (
 from dgefx.kernels.correction import Correction
 from dgefx.nn.budget import floor_ratio, guess_losses, solve
 from dgefx.nn.capacity import Plan, plans
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.record import (
     BlockTable,
     Calibration,

@@ -10,10 +10,8 @@ the graph that is. Next: `passes.locate.sites`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from dgefx.outputs import Call, tensors_in
 
 
 @dataclass
@@ -217,32 +215,6 @@ def capture(
     results = tensors_in(output)
     recorder.graph.output(tuple(recorder.node_of(value) for value in results))
     return Capture(recorder.graph, output, frames, given)
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """The tensors of any output, in order: tuples, dicts, transformers' outputs, dataclasses and
-    named containers in any nesting."""
-    found: list[Tensor] = []
-    pending = [output]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, Mapping):
-            pending.extend(reversed(list(value.values())))
-        elif isinstance(value, (tuple, list)):
-            pending.extend(reversed(value))
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            pending.extend(
-                getattr(value, field.name, None) for field in reversed(dataclasses.fields(value))
-            )
-        elif isinstance(value, SimpleNamespace):
-            pending.extend(reversed(list(vars(value).values())))
-        else:
-            leaves = pytree.tree_leaves(value)  # of containers that were registered
-            if not any(leaf is value for leaf in leaves):
-                pending.extend(reversed(leaves))
-    return found
 
 
 @contextlib.contextmanager

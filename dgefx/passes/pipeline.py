@@ -9,27 +9,26 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from dgefx.ambient import eager, working_dtype
+from dgefx.ambient import eager
 from dgefx.config import DGEConfig
-from dgefx.copying import deep_copy
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
 from dgefx.nn.grid_shape import GridShape, Size
 from dgefx.nn.image_hook import ImageHook, watch_images
-from dgefx.passes.capture import Call, capture, idle_modules, recording
+from dgefx.outputs import Call, output_tensors, relative_error
+from dgefx.passes.capture import capture, idle_modules, recording
 from dgefx.passes.diagnosis.reason_lines import reason_lines
 from dgefx.passes.diagnosis.unequal import why_unequal
 from dgefx.passes.errors import Refused, TraceError
 from dgefx.passes.frontends.block_extraction import Extraction, outline
-from dgefx.passes.frontends.exported import is_exported_module
 from dgefx.passes.frontends.inputs import batch_size, resolve_inputs, run_example
+from dgefx.passes.frontends.model import check_model, working_copy
 from dgefx.passes.locate.grid_source import find_sources, watching_sizes
 from dgefx.passes.locate.sites import Site, locate
 from dgefx.passes.plan.call_forms import with_forms
@@ -37,12 +36,12 @@ from dgefx.passes.plan.cost import block_cost, count_macs
 from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan, ImageSource, build_block, fill, plan_block, put
 from dgefx.passes.plan.sizes import bound
-from dgefx.passes.plan.verify import TOLERANCE, output_tensors, relative_error, verify_block
+from dgefx.passes.plan.verify import TOLERANCE, verify_block
 from dgefx.passes.plan.verify_gradients import verify_gradients
 from dgefx.passes.plan.verify_types import verify_images, verify_type
 from dgefx.passes.reasons import KINDS, Reason, advice_lines
 from dgefx.passes.user_code import own_code_fails
-from dgefx.precision import floating_type, full_float32, in_float64, in_type
+from dgefx.precision import floating_type, full_float32, in_float64
 from dgefx.report import BlockReport, Report
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -112,11 +111,6 @@ class Analysis:
         )
 
 
-def is_converted(model: nn.Module) -> bool:
-    """Whether any block of `model` is a `DGEBlock`."""
-    return any(isinstance(module, DGEBlock) for module in model.modules())
-
-
 _QUANTISED = (
     "Its weights are of type {}, as quantised ones are, and may round otherwise in the converted "
     "block: convert the model first and quantise the converted one"
@@ -133,58 +127,6 @@ _RECOGNISED = (
     "is not seen, switch to torch.nn.functional.scaled_dot_product_attention. Convolutional, "
     "state-space and linear-attention models have nothing to convert"
 )
-
-#: what is passed for a model by mistake, and what to pass
-_INSTEAD = (
-    (
-        (str, Path),
-        "a path holds no architecture: build the model, load its weights into it and pass that; "
-        "dgefx.load(folder, dense_model) reads what dgefx.save wrote",
-    ),
-    (
-        Mapping,
-        "if it is a state_dict, build the model, call model.load_state_dict(...) and pass the "
-        "model; if the model is among its values, pass that one",
-    ),
-    ((tuple, list), "pass one model; what timm and others return beside it is not needed"),
-    (type, "that is a class: pass an instance of it"),
-    (Tensor, "pass the model first and the tensor as example_inputs="),
-    (fx.Graph, "pass torch.fx.GraphModule(root, graph)"),
-)
-
-
-def check_model(model: Any) -> None:
-    """Raise TypeError or ValueError where `model` cannot be converted at all."""
-    if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
-        raise TypeError(
-            f"model is a ScriptModule ({type(model).__name__}), which cannot be rewritten; convert "
-            f"the nn.Module that it was made from"
-        )
-    if not isinstance(model, nn.Module):
-        hints = [hint for kinds, hint in _INSTEAD if isinstance(model, kinds)]
-        hint = hints[0] if hints else "an exported program and an fx.GraphModule are taken too"
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}: {hint}")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "model is wrapped by torch.compile; convert the model itself, then compile the result: "
-            "torch.compile(dgefx.convert(model._orig_mod, ...))"
-        )
-    if is_converted(model):
-        raise ValueError(
-            "model is already converted; use dgefx.revert(model) first, then convert() with the "
-            "new gamma"
-        )
-    for name, module in model.named_modules():
-        if name and is_exported_module(module):
-            raise ValueError(
-                f"submodule {name} is the module of an exported program, which refuses eval(); "
-                f"convert it alone, as dgefx.convert(model.{name}), and put the result in its place"
-            )
-
-
-def working_copy(model: nn.Module) -> nn.Module:
-    """A copy in `working_dtype` and eval mode, without gradients. Hooks stay, as parts of it."""
-    return in_type(deep_copy(model), working_dtype()).eval().requires_grad_(False)
 
 
 def install(

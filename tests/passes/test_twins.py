@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.config import DGEConfig
-from dgefx.passes.capture import Call, record_calls
+from dgefx.outputs import Call
+from dgefx.passes.capture import record_calls
 from dgefx.passes.pipeline import analyse
 from dgefx.passes.plan.block_signature import _content, _module
 from dgefx.passes.plan.plan import BlockPlan, plan_block

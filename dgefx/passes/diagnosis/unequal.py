@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from dgefx.kernels.layout import to_tokens
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.capture import Call, tensors_in
+from dgefx.outputs import Call, tensors_in
 from dgefx.passes.layout import Layout
 from dgefx.passes.reasons import Reason
 from dgefx.passes.trace.decisions import is_shaped_by_data

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from dgefx.nn.outlined import OutlinedBlock, container_of, hide_from_state_dict
-from dgefx.passes.capture import Call, record_calls
+from dgefx.outputs import Call
+from dgefx.passes.capture import record_calls
 from dgefx.passes.frontends.aten import lower_aten
 from dgefx.passes.frontends.graph_blocks import GraphBlock, find_graph_blocks
 from dgefx.passes.ops import Op, named, op_name

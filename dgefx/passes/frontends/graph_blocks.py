@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from torch import fx
 
+from dgefx.outputs import Call
 from dgefx.passes.attention.core import AttentionCore, find_cores
-from dgefx.passes.capture import Call, example_of
+from dgefx.passes.capture import example_of
 from dgefx.passes.frontends.node_values import watch
 from dgefx.passes.locate.sites import Residual, _Residuals
 from dgefx.passes.ops import MOVEMENT, op_name

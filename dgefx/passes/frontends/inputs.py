@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.ambient import working_dtype
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from dgefx.passes.capture import Call, Capture, Recorder, capture
+from dgefx.outputs import Call
+from dgefx.passes.capture import Capture, Recorder, capture
 
 
 @dataclass

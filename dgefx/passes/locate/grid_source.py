@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 
 from dgefx.nn.grid_shape import Size
 from dgefx.nn.image_hook import first_image, grids_of
-from dgefx.passes.capture import Call, Recorder, capture
+from dgefx.outputs import Call
+from dgefx.passes.capture import Recorder, capture
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.grid import GridFinder
 from dgefx.passes.plan.plan import BlockPlan, ImageSource

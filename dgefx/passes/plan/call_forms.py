@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dgefx.config import DGEConfig
 from dgefx.nn.callspec import CallSpec, Path
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.passes.errors import TraceError
 from dgefx.passes.plan.call_masks import MaskForms
 from dgefx.passes.plan.call_probe import probe, run_quietly, with_value

@@ -23,7 +23,7 @@ from dgefx.nn.callspec import CallSpec, MaskInput
 from dgefx.nn.capacity import plan_from_fractions
 from dgefx.nn.code import GraphCode
 from dgefx.nn.guards import Guards
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.passes.emit.rewrite import RewrittenGraph
 from dgefx.passes.errors import Refused
 from dgefx.passes.ops import Op, named, op_name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dgefx.kernels.layout import has_parts
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.capture import Call, tensors_in
+from dgefx.outputs import Call, tensors_in
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.plan.sizes import call_at
 from dgefx.passes.trace.tracer import shadow

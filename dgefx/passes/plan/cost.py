@@ -21,7 +21,7 @@ from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan, plans
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.plan.verify import stream_of
 

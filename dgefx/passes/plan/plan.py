@@ -28,7 +28,7 @@ from dgefx.nn.hierarchy import Grid
 from dgefx.nn.router import Router
 from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import WindowRule
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import op_name

@@ -19,9 +19,9 @@ from dgefx.config import DGEConfig
 from dgefx.kernels.layout import has_parts
 from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.windows import WindowRule
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call, output_tensors
 from dgefx.passes.plan.plan import BlockPlan, build_block
-from dgefx.passes.plan.verify import is_close, output_tensors, stream_leaf
+from dgefx.passes.plan.verify import is_close, stream_leaf
 from dgefx.passes.randomise import randomise_constants
 from dgefx.passes.trace.attributes import told_sizes
 from dgefx.passes.trace.tracer import copy_block

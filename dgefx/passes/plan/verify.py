@@ -27,7 +27,7 @@ from dgefx.nn.capacity import region_count
 from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.hierarchy import Grid, level_tables, nested_levels, parent_table
 from dgefx.nn.router import Router
-from dgefx.passes.capture import Call, tensors_in
+from dgefx.outputs import Call, output_tensors, relative_error
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.plan.coarse_reference import Unknown
@@ -40,29 +40,6 @@ from dgefx.passes.trace.tracer import copy_block
 TOLERANCE = 1e-5
 #: rounding of the stream itself when the update is added to it, relative to the stream
 _ROUNDING = 1e-6
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """The floating point tensors of any model output."""
-    return [t for t in tensors_in(output) if t.is_floating_point()]
-
-
-def relative_error(found: Any, wanted: Any) -> float:
-    """Largest relative error (2-norm) over the tensors of two outputs; infinite if not comparable
-    or not finite."""
-    pairs = list(zip(output_tensors(found), output_tensors(wanted), strict=False))
-    if not pairs or len(output_tensors(found)) != len(output_tensors(wanted)):
-        return float("inf")
-    worst = 0.0
-    for a, b in pairs:
-        if a.shape != b.shape:
-            return float("inf")
-        size = b.double().norm().item()
-        error = (a.double() - b.double()).norm().item() / max(size, 1e-30)
-        if not error < float("inf"):  # also NaN
-            return float("inf")
-        worst = max(worst, error)
-    return worst
 
 
 def _run(

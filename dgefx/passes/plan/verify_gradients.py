@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from dgefx.config import DGEConfig
 from dgefx.kernels.layout import has_parts
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call, output_tensors
 from dgefx.passes.errors import Refused
 from dgefx.passes.plan.block_signature import has_backward_hooks
 from dgefx.passes.plan.example_calls import call_in_type, call_of_images
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.plan.sizes import call_at
-from dgefx.passes.plan.verify import converted_copy, output_tensors, replaced_stream, stream_of
+from dgefx.passes.plan.verify import converted_copy, replaced_stream, stream_of
 from dgefx.passes.randomise import randomise_constants
 from dgefx.passes.trace.deterministic import Deterministic, seed_all
 from dgefx.passes.trace.tracer import copy_block

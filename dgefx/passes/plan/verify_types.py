@@ -12,17 +12,11 @@ from torch import nn
 
 from dgefx.ambient import working_dtype
 from dgefx.config import DGEConfig
-from dgefx.passes.capture import Call
+from dgefx.outputs import Call, output_tensors
 from dgefx.passes.errors import Refused
 from dgefx.passes.plan.example_calls import call_in_type, call_of_images, pick_images
 from dgefx.passes.plan.plan import BlockPlan
-from dgefx.passes.plan.verify import (
-    converted_copy,
-    is_close,
-    output_tensors,
-    replaced_stream,
-    stream_of,
-)
+from dgefx.passes.plan.verify import converted_copy, is_close, replaced_stream, stream_of
 from dgefx.passes.randomise import randomise_constants
 from dgefx.passes.trace.tracer import copy_block
 from dgefx.precision import in_type
