@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx import DGEConfig
-from dgefx.passes.attention.core import find_cores
+from dgefx.passes.attention.registry import find_cores
 from dgefx.passes.capture import capture, example_of
 from dgefx.training import set_gates
 from tests.dat import DAT, Attention, GridBlock, GridModel, Warp
@@ -248,7 +248,7 @@ def test_several_grids_in_one_stream_are_refused_with_the_reason() -> None:
 
 def kinds(module: nn.Module) -> list[str]:
     seen = capture(module.eval(), (images(2, 8, channels=16),), {})
-    return [core.kind for core in find_cores(seen.graph, example_of)]
+    return [core.form.name for core in find_cores(seen.graph, example_of)]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

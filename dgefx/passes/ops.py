@@ -41,6 +41,7 @@ _ALIASES = {
     "upsample_bilinear2d": "upsample",
     "upsample_bicubic2d": "upsample",
     "upsample_nearest2d": "upsample",
+    "grid_sampler": "grid_sample",
 }
 
 _REFLECTED = {"radd": "add", "rmul": "mul", "rsub": "sub", "rtruediv": "div", "rmatmul": "matmul"}

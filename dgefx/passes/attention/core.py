@@ -1,21 +1,34 @@
-"""Attention cores: where queries meet keys, in a flat or a traced graph.
+"""Attention cores, and the forms in which they are written.
 
-Shared by `passes.locate.sites` (which works on the flat capture) and `passes.emit.rewrite` (which
-works on a block's own graph): scaled_dot_product_attention, multi_head_attention_forward, and
-attention written out as products around a softmax (`passes.attention.unfused`), and deformable
-attention, where queries sample a map (`passes.attention.sampling`).
+A core is one place where queries meet keys, in a flat or a traced graph. Its form knows all that
+depends on how that is written: which nodes it matches, what it refuses, and how it is written for
+queries that stand for several tokens. `passes.attention.registry` holds the forms and finds the
+cores; `passes.locate.sites`, `passes.sides.sides` and `passes.emit` ask them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from dgefx.passes.attention.sampling import sampled_map
-from dgefx.passes.attention.unfused import UnfusedAttention, UnfusedSearch, Values
+from dgefx.passes.errors import Refused
+from dgefx.passes.layout import Layout
 from dgefx.passes.ops import argument, op_name
+
+if TYPE_CHECKING:
+    from dgefx.passes.emit.emitter import QueryGraphEmitter
+    from dgefx.passes.emit.packed import PackedQueryEmitter
+    from dgefx.passes.sides.find_axes import TokenAxesFinder
+
+#: the value of a node that is no tensor, and a tensor of the right shape for one that is
+Values = Callable[[Node], Any]
+
+PER_IMAGE = 'use DGEConfig(budget="per_image")'
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class AttentionCore:
         the same size whatever the queries are.
     """
 
-    kind: str
+    form: AttentionForm
     query: Node
     key: Node
     value: Node
@@ -43,71 +56,153 @@ class AttentionCore:
         return str(self.output.name)
 
 
-def _fused_core(node: Node, kind: str) -> AttentionCore | None:
-    names = ("query", "key", "value")
-    parts = [argument(node, i, name) for i, name in enumerate(names)]
-    if not all(isinstance(part, Node) for part in parts):
-        return None
-    query, key, value = parts
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
-    positions = [i if len(node.args) > i else name for i, name in enumerate(names)]
-    return AttentionCore(kind, query, key, value, node, frozenset((node, p) for p in positions[1:]))
+@dataclass(frozen=True)
+class SearchedGraph:
+    """A flat capture or a traced block, and what its calls do.
+
+    values: see `Values`. root: the module that call_module targets belong to.
+    """
+
+    graph: Graph
+    values: Values
+    root: nn.Module | None = None
+
+    @cached_property
+    def calls(self) -> dict[str, list[Node]]:
+        """The calls of every operation, in order."""
+        found: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.op.startswith("call_"):
+                found.setdefault(self.name(node), []).append(node)
+        return found
+
+    def name(self, node: Node) -> str:
+        return op_name(node, self.root)
+
+    def rank(self, node: Node) -> int:
+        """The number of axes of a value; 0 of what is no tensor."""
+        value = self.values(node)
+        return value.dim() if isinstance(value, Tensor) else 0
 
 
-def _sampling_core(node: Node, root: nn.Module | None) -> AttentionCore | None:
-    found = sampled_map(node, root)
-    if found is None:
-        return None
-    grid, value, place = found
-    return AttentionCore(
-        "grid_sample", grid, value, value, node, frozenset({(node, place)}), (-3, -2)
-    )
-
-
-def _unfused_core(written: UnfusedAttention) -> AttentionCore:
-    scores, output = written.scores, written.output
-    edges = {
-        (scores.node, scores.operands[written.key]),
-        (output.node, output.operands[written.value]),
-    }
-    return AttentionCore(
-        "matmul-softmax-matmul",
-        scores.operand(1 - written.key),
-        scores.operand(written.key),
-        output.operand(written.value),
-        output.node,
-        frozenset(edges),
-        written.query_axes,
-        written.key_axes,
-    )
-
-
-def find_cores(graph: Graph, values: Values, root: nn.Module | None = None) -> list[AttentionCore]:
-    """All attention cores of `graph`, in order; see `search_cores`."""
-    return search_cores(graph, values, root)[0]
-
-
-def search_cores(
-    graph: Graph, values: Values, root: nn.Module | None = None
-) -> tuple[list[AttentionCore], UnfusedSearch]:
-    """All attention cores of `graph`, in order, and the search that found the written ones.
+class AttentionForm:
+    """One way to write attention. By itself it is a function `f(query, key, value, ...)` whose
+    result has a row for every row of `query`, whatever their number; subclasses are less plain.
 
     Args:
-        graph: a flat capture or a traced block.
-        values: of its nodes, see `passes.attention.unfused`.
-        root: the module that call_module targets belong to.
+        name: in messages and reports; unique.
+        functions: what calls it: operators of `torch.library`, or Python functions, each of which
+            then is one node of every graph. Their first three parameters are queries, keys, values.
+        operands: the names of these three, for calls by keyword.
+        query_axis: the axis of the queries on which their tokens lie, negative: -2 of
+            (images, heads, tokens, C), -3 of (images, tokens, heads, C).
+        gathers_mask: whether further operands are broadcast against scores of (..., queries, keys),
+            as masks and biases, and are to be read per query.
+
+    Attributes:
+        scales: places of arguments that are numbers which scores are multiplied by.
+        levels: whether several of them in one module are the levels of one attention.
     """
-    written = UnfusedSearch(graph, root, values)
-    cores = {w.output.node: _unfused_core(w) for w in written.find()}
-    for node in graph.nodes:
-        name = op_name(node, root) if node.op.startswith("call_") else ""
-        if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
-            core = _fused_core(node, name)
-        elif name in ("grid_sample", "grid_sampler"):
-            core = _sampling_core(node, root)
-        else:
-            continue
-        if core is not None:
-            cores[node] = core
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    return sorted(cores.values(), key=lambda core: order[core.output]), written
+
+    scales: tuple[int | str, ...] = ()
+    levels: bool = False
+
+    def __init__(
+        self,
+        name: str,
+        functions: Sequence[Callable[..., Any]] = (),
+        operands: tuple[str, str, str] = ("query", "key", "value"),
+        query_axis: int = -2,
+        gathers_mask: bool = False,
+    ) -> None:
+        self.name, self.functions, self.operands = name, tuple(functions), operands
+        self.query_axis, self.gathers_mask = query_axis, gathers_mask
+
+    @property
+    def packs(self) -> bool:
+        """Whether it can be written for queries of images that differ in their number."""
+        return type(self).emit_packed is not AttentionForm.emit_packed
+
+    def find(self, searched: SearchedGraph) -> list[AttentionCore]:
+        """All attentions of this form in a graph."""
+        matched = (self.match(node, searched.root) for node in searched.calls.get(self.name, ()))
+        return [core for core in matched if core is not None]
+
+    def match(self, node: Node, root: nn.Module | None) -> AttentionCore | None:
+        """The attention that a call of one of its functions is; None if it is none after all."""
+        places = [i if len(node.args) > i else name for i, name in enumerate(self.operands)]
+        query, key, value = (argument(node, i, name) for i, name in enumerate(self.operands))
+        if not (isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)):
+            return None
+        edges = frozenset((node, place) for place in places[1:])
+        return AttentionCore(self, query, key, value, node, edges, (self.query_axis,))
+
+    def query_count(self, core: AttentionCore, layout: Layout, batch: int) -> int:
+        """Queries per image by the shape of captured queries: all windows of all sizes together.
+
+        Args:
+            batch: images in the example.
+        """
+        query, grid = core.query.meta["shape"], layout.grid[0] * layout.grid[1]
+        axis = core.query_axes[0]
+        count, lead = query[axis], query[: min(axis, -2)]
+        if count in (layout.tokens, grid) or len(lead) < 2:
+            return int(count)
+        # (images and windows, heads) or (images, windows, heads) in any order of the last two
+        merged = [lead[0]] if len(lead) == 2 else [lead[0] * n for n in lead[1:]]
+        fitting = [n // batch * count for n in merged if n % batch == 0]
+        return int(min((n for n in fitting if n >= grid), default=count))
+
+    def check(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
+        """Whether an attention of a traced block can be written for queries.
+
+        Raises:
+            Refused: its result does not follow the tokens of its queries. Subclasses refuse more.
+        """
+        axes = finder.forms.get(core.output)
+        if axes is not None and axes.kind == "full_resolution":
+            # queries that are fewer than the tokens were refused before (`passes.locate.sites`)
+            raise Refused(
+                "its queries reach the attention in an order of tokens that is not followed "
+                "(windows, strides)",
+                "windows",
+            )
+        if axes is None or axes.kind in ("no_tokens", "in_transit") or axes.mixes:
+            self._refuse_unfollowed()
+
+    def _refuse_unfollowed(self) -> NoReturn:
+        raise Refused(
+            "its output does not follow the tokens of its queries",
+            "output does not follow queries",
+        )
+
+    def emit(self, core: AttentionCore, emitter: QueryGraphEmitter, args: Any, kwargs: Any) -> Node:
+        """Write the attention into the new graph.
+
+        Args:
+            args, kwargs: of the call, on queries.
+        """
+        if self.gathers_mask:
+            axes, rank = emitter.forms[core.query], len(emitter._shape(core.query))
+            args, kwargs = emitter._gathered(core.output, axes, rank, args, kwargs)
+        return emitter._create(core.output, args, kwargs)
+
+    def emit_packed(self, core: AttentionCore, emitter: PackedQueryEmitter) -> Node:
+        """Write it for a batch whose images differ in their number of queries, which stand one
+        after another; only where `packs`."""
+        raise Refused(
+            f"{core.name}: packed queries of images of different numbers need fused attention "
+            f"(scaled_dot_product_attention, nn.MultiheadAttention), not {self.name}; switch the "
+            f"model's fused attention on, or {PER_IMAGE}",
+            "packed queries",
+        )
+
+    @staticmethod
+    def require_prefix(core: AttentionCore, emitter: PackedQueryEmitter) -> None:
+        """Packed queries of an image have its prefix tokens in front."""
+        if emitter.layout.prefix and not emitter.forms[core.query].prefix:
+            raise Refused(
+                f"{core.name}: prefix tokens are not among its queries, which packed queries of "
+                f"images of different numbers do not allow; {PER_IMAGE}",
+                "packed queries",
+            )

@@ -446,10 +446,6 @@ class QueryGraphEmitter:
                 args, kwargs = self._gathered(node, form, len(self._shape(node)), args, kwargs)
             elif name == "einsum" and slots:
                 args = self._pooled_einsum(node, args)
-            core = self.sides.core_at(node)
-            if core is not None and core.kind == "scaled_dot_product_attention":
-                rank = len(self._shape(core.query))
-                args, kwargs = self._gathered(node, self.forms[core.query], rank, args, kwargs)
         if name in ("split", "split_with_sizes"):
             args, kwargs = self._patched_split(node, args, kwargs)
         if any(leaf is _MOVING for leaf in _leaves((args, kwargs))):
@@ -462,6 +458,9 @@ class QueryGraphEmitter:
                     f"{node.name} works on tokens on their way to or from windows", "windows"
                 )
             return _MOVING
+        core = self.sides.core_at(node)
+        if core is not None:
+            return core.form.emit(core, self, args, kwargs)
         return self._create(node, args, kwargs)
 
     def _operand(self, source: fx.Node, crosses: bool, slots: bool = False) -> Any:

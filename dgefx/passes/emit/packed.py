@@ -11,10 +11,8 @@ from __future__ import annotations
 import operator
 from typing import Any, NoReturn
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from dgefx.kernels.packed_attention import packed_attention, packed_multi_head_attention
-from dgefx.kernels.packed_sampling import packed_grid_sample
 from dgefx.kernels.ragged import (
     image_sizes,
     join_prefix,
@@ -23,15 +21,13 @@ from dgefx.kernels.ragged import (
     spread_images,
 )
 from dgefx.kernels.window import image_count
-from dgefx.passes.attention.core import AttentionCore
+from dgefx.passes.attention.core import PER_IMAGE
 from dgefx.passes.emit.emitter import QueryGraphEmitter, RewrittenGraph
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import Op, argument, named, op_name
+from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.sides.prefix import BOTH, OTHER, REST, cut_part, joined_parts
 from dgefx.passes.sides.token_axes import TokenAxes
-from dgefx.passes.trace.tracer import HOOKED
 
-_INSTEAD = 'use DGEConfig(budget="per_image")'
 _CREATES = named(Op.CREATES)
 
 
@@ -40,13 +36,8 @@ class PackedQueryEmitter(QueryGraphEmitter):
 
     def run(self) -> RewrittenGraph:
         for core in self.sides.cores:
-            if core.kind == "matmul-softmax-matmul" and core.output not in self.in_slots:
-                raise Refused(
-                    f"{core.name}: packed queries of images of different numbers need fused "
-                    f"attention (scaled_dot_product_attention, nn.MultiheadAttention), not "
-                    f"matmul-softmax-matmul; switch the model's fused attention on, or {_INSTEAD}",
-                    "packed queries",
-                )
+            if not core.form.packs and core.output not in self.in_slots:
+                core.form.emit_packed(core, self)  # says why not
         return super().run()
 
     @property
@@ -68,11 +59,7 @@ class PackedQueryEmitter(QueryGraphEmitter):
             self._require_whole(node, form)
         core = self.sides.core_at(node)
         if core is not None and node not in self.in_slots:
-            if core.kind == "scaled_dot_product_attention":
-                return self._attend(core)
-            if core.kind == "grid_sample":
-                return self._sample(core)
-            return self._attend_module(core)
+            return core.form.emit_packed(core, self)
         if self._creates_per_image(node):
             return self._create_per_image(node)
         return super()._emit_query(node)
@@ -89,7 +76,7 @@ class PackedQueryEmitter(QueryGraphEmitter):
         if form.batch is None or form.merged or form.inner > 1:
             raise Refused(
                 f"{node.name} merges images with another axis, which packed queries of images of "
-                f"different numbers do not allow; {_INSTEAD}",
+                f"different numbers do not allow; {PER_IMAGE}",
                 "packed queries",
             )
         for source in self._token_sources(node):
@@ -100,7 +87,7 @@ class PackedQueryEmitter(QueryGraphEmitter):
     def _refuse_apart(node: fx.Node) -> NoReturn:
         raise Refused(
             f"{node.name} takes prefix tokens apart from the grid in a way that packed queries of "
-            f"images of different numbers do not allow; {_INSTEAD}",
+            f"images of different numbers do not allow; {PER_IMAGE}",
             "packed queries",
         )
 
@@ -191,132 +178,4 @@ class PackedQueryEmitter(QueryGraphEmitter):
             )
         return self.graph.call_function(
             spread_images, (emitted, self.routing, rank, form.batch, form.axes)
-        )
-
-    # -- attention ---------------------------------------------------------------------------
-
-    def _attend(self, core: AttentionCore) -> fx.Node:
-        node = core.output
-        form, rank = self.forms[core.query], len(self._shape(core.query))
-        if form.axes != (rank - 2,) or form.batch != 0 or rank not in (3, 4):
-            raise Refused(
-                f"{node.name}: queries are not laid out as (images, heads, tokens, C)",
-                "packed queries",
-            )
-        self._require_prefix(node, form)
-        query = self._operand(core.query, False)
-        mask = argument(node, 3, "attn_mask")
-        options: dict[str, Any] = {}
-        for place, name, default in ((4, "dropout_p", 0.0), (6, "scale", None)):
-            given: Any = argument(node, place, name, default)
-            options[name] = self._any(given) if isinstance(given, fx.Node) else given
-        if argument(node, 7, "enable_gqa", False) is True:
-            options["enable_gqa"] = True
-        if isinstance(mask, fx.Node):
-            if mask in self.sides.on_queries:
-                raise Refused(
-                    f"{node.name}: its mask is made of the queries; {_INSTEAD}", "packed queries"
-                )
-            if self._shape(mask)[-2:-1] != (1,):
-                self.positional = True
-            table = self.context[mask]
-            if len(self._shape(mask)) > 1 and self._shape(mask)[-2] > 1:
-                table = self._reordered(table, form, -2, raster=True)
-            options["attn_mask"] = table
-        return self.graph.create_node(
-            "call_function",
-            packed_attention,
-            (query, self.context[core.key], self.context[core.value], self.routing),
-            options,
-            name=node.name,
-        )
-
-    def _any(self, node: fx.Node) -> Any:
-        return self.context[node] if node in self.context else self.query[node]
-
-    def _require_prefix(self, node: fx.Node, form: TokenAxes) -> None:
-        if self.layout.prefix and not form.prefix:
-            raise Refused(
-                f"{node.name}: prefix tokens are not among its queries, which packed queries of "
-                f"images of different numbers do not allow; {_INSTEAD}",
-                "packed queries",
-            )
-
-    def _sample(self, core: AttentionCore) -> fx.Node:
-        """Deformable attention: positions are packed queries, maps are of every image."""
-        node, form = core.output, self.forms[core.query]
-        if form.batch != 0 or form.axes[0] not in (1, 2) or len(self._shape(core.query)) != 4:
-            raise Refused(
-                f"{node.name}: it does not sample per image and token; {_INSTEAD}", "packed queries"
-            )
-        self._require_prefix(node, form)
-        options: dict[str, Any] = {
-            name: argument(node, place, name, default)
-            for place, name, default in (
-                (2, "mode", "bilinear"),
-                (3, "padding_mode", "zeros"),
-                (4, "align_corners", None),
-            )
-        }
-        return self.graph.create_node(
-            "call_function",
-            packed_grid_sample,
-            (
-                self.context[core.value],
-                self._operand(core.query, False),
-                self.routing,
-                form.axes[0],
-            ),
-            options,
-            name=node.name,
-        )
-
-    def _attend_module(self, core: AttentionCore) -> fx.Node:
-        """nn.MultiheadAttention, from its parameters."""
-        node = core.output
-        if node.op != "call_module":
-            raise Refused(
-                f"{node.name}: F.multi_head_attention_forward by itself; {_INSTEAD}",
-                "packed queries",
-            )
-        module = self.trace.root.get_submodule(str(node.target))
-        plain = (
-            type(module) is nn.MultiheadAttention
-            and not hasattr(module, HOOKED)
-            and module._qkv_same_embed_dim
-            and module.bias_k is None
-            and not module.add_zero_attn
-        )
-        if not plain or argument(node, 3, "key_padding_mask") is not None:
-            raise Refused(
-                f"{node.name}: an nn.MultiheadAttention with extras; {_INSTEAD}", "packed queries"
-            )
-        assert isinstance(module, nn.MultiheadAttention)
-        form = self.forms[core.query]
-        if form.batch != (0 if module.batch_first else 1) or len(self._shape(core.query)) != 3:
-            raise Refused(
-                f"{node.name}: queries are not laid out as (images, tokens, C)", "packed queries"
-            )
-        self._require_prefix(node, form)
-        weights = []
-        for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
-            owner, _, leaf = name.rpartition(".")
-            there = getattr(module.get_submodule(owner), leaf) is not None
-            weights.append(
-                self.graph.create_node("get_attr", f"{node.target}.{name}") if there else None
-            )
-        return self.graph.create_node(
-            "call_function",
-            packed_multi_head_attention,
-            (
-                self._operand(core.query, False),
-                self.context[core.key],
-                self.context[core.value],
-                self.routing,
-                *weights,
-                module.num_heads,
-                module.batch_first,
-                module.dropout if module.training else 0.0,
-            ),
-            name=node.name,
         )

@@ -17,7 +17,8 @@ import networkx as nx
 from torch import fx
 
 from dgefx.outputs import Call
-from dgefx.passes.attention.core import AttentionCore, find_cores
+from dgefx.passes.attention.core import AttentionCore
+from dgefx.passes.attention.registry import find_cores
 from dgefx.passes.capture import example_of
 from dgefx.passes.frontends.node_values import watch
 from dgefx.passes.locate.sites import Residual, _Residuals

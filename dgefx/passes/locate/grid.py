@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from dgefx.passes.attention.registry import form_named
 from dgefx.passes.labels import varies
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.token_ids import (
@@ -37,7 +38,7 @@ from dgefx.passes.ops import TOKENWISE, Op, argument, named, op_name
 
 _SPATIAL = named(Op.SPATIAL)
 #: every row of the result is about the same token as that row of the first operand
-_ROWS = {"matmul", "scaled_dot_product_attention"}
+_ROWS = {"matmul"}
 _REDUCES = named(Op.REDUCES)
 _COMPLEX = named(Op.PAIRS)
 _REARRANGE = named(Op.MOVES | Op.PAIRS | Op.SHIFTS) | {"cat", "flip", "index_select"}
@@ -86,6 +87,10 @@ class GridFinder:
         name = op_name(node)
         if name in _REARRANGE or name in _PAIRS:
             return list(node.all_input_nodes)
+        form = form_named(name)
+        core = None if form is None else form.match(node, None)
+        if core is not None:
+            return [core.query]
         known = TOKENWISE | _SPATIAL | _ROWS | _REDUCES | {"set_item", "unfold", "im2col"}
         return node.all_input_nodes[:1] if name in known else []
 
@@ -96,7 +101,7 @@ class GridFinder:
             return None
         name = op_name(node)
         shape = node.meta.get("shape")
-        if name in _ROWS | _REDUCES:
+        if name in _ROWS | _REDUCES or form_named(name) is not None:
             return self._fewer(node, name, shape)
         if name in ("unfold", "im2col") and shape and len(shape) == 3:
             plane = self._found.get(node.all_input_nodes[0])

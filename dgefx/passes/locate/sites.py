@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from torch.fx import Graph, Node
 
-from dgefx.passes.attention.core import AttentionCore, search_cores
+from dgefx.passes.attention.core import AttentionCore, SearchedGraph
 from dgefx.passes.attention.non_qk import non_qk_cores
+from dgefx.passes.attention.registry import form_of, search_cores
 from dgefx.passes.capture import Capture, example_of
 from dgefx.passes.diagnosis.no_layout import why_unplaced
 from dgefx.passes.layout import Layout
@@ -35,11 +36,7 @@ _SAME = named(Op.MOVES | Op.CASTS) | {"dropout", "float"}
 #: what a stream may go through before it is added to: it stays the stream, scaled
 _SCALING = _SAME | {"mul", "div"}
 #: lets tokens see each other; a path through it is the update, not the stream
-_ATTENDS = named(Op.PRODUCT) | {
-    "softmax",
-    "scaled_dot_product_attention",
-    "multi_head_attention_forward",
-}
+_ATTENDS = named(Op.PRODUCT) | {"softmax"}
 _TOKENS_STAY = named(Op.TOKENWISE | Op.MOVES)
 _LEARNED = Reason(
     "its stream starts with learned queries, not with the image's tokens",
@@ -249,7 +246,7 @@ def keeps(output: Node, earlier: Node) -> bool:
         node = front.pop()
         if node is earlier:
             return True
-        if not node.op.startswith("call_") or op_name(node) in _ATTENDS:
+        if not node.op.startswith("call_") or op_name(node) in _ATTENDS or form_of(node):
             continue
         fresh = [n for n in node.all_input_nodes if n not in seen and _size(n) == size]
         seen.update(fresh)
@@ -325,22 +322,6 @@ def _update_owner(
     return None
 
 
-def _query_count(core: AttentionCore, layout: Layout, batch: int) -> int:
-    """Queries per image by the shape of the queries alone: all windows of all sizes together."""
-    query = core.query.meta["shape"]
-    if core.kind == "multi_head_attention_forward":
-        return int(query[0] * max(query[1] // batch, 1))
-    axis = core.query_axes[0]
-    count, lead = query[axis], query[: min(axis, -2)]
-    if count in (layout.tokens, layout.grid[0] * layout.grid[1]) or len(lead) < 2:
-        return int(count)
-    # (images and windows, heads) or (images, windows, heads) in any order of the last two
-    merged = [lead[0]] if len(lead) == 2 else [lead[0] * n for n in lead[1:]]
-    fitting = [n // batch * count for n in merged if n % batch == 0]
-    enough = [n for n in fitting if n >= layout.grid[0] * layout.grid[1]]
-    return int(min(enough, default=count))
-
-
 def _query_reason(
     core: AttentionCore, stream: Node, layout: Layout, finder: GridFinder, batch: int
 ) -> Reason | None:
@@ -352,7 +333,7 @@ def _query_reason(
         places = [query[axis] for axis in core.query_axes]
         if not set(places) & set(whole) and set(query[-2:]) & set(whole):
             return _CHANNELS
-        count = _query_count(core, layout, batch)
+        count = core.form.query_count(core, layout, batch)
         same_grid = count >= tokens
     elif held.in_features != (-1 in core.query_axes):  # the last axis is that of features, or not
         return _CHANNELS
@@ -378,7 +359,7 @@ def _query_reason(
 def _multi_scale(core: AttentionCore, cores: list[AttentionCore]) -> Reason | None:
     """Why a stream has no layout whose tokens sample several maps at once."""
     stack = core.output.meta["stack"]
-    beside = [c for c in cores if c.kind == "grid_sample" and c.output.meta["stack"] == stack]
+    beside = [c for c in cores if c.form.levels and c.output.meta["stack"] == stack]
     if core not in beside or len(beside) < 2:
         return None
     return Reason(
@@ -445,8 +426,9 @@ def locate(capture: Capture, batch: int) -> list[Site]:
         batch: images in the example call.
     """
     graph = capture.graph
-    cores, search = search_cores(graph, example_of)
-    unscored = non_qk_cores(graph, search, cores)
+    searched = SearchedGraph(graph, example_of)
+    cores = search_cores(searched)
+    unscored = non_qk_cores(searched, cores)
     if not cores and not unscored:
         return []
     residuals, finder = _Residuals(graph), GridFinder()
@@ -546,7 +528,7 @@ def _join_shared_blocks(sites: list[Site]) -> list[Site]:
         if site.reason is None and refused is not None:
             also = f"another attention of {site.name} does not convert: {refused.reason}"
             site.refuse(Reason(also, refused.kind or "other"))
-        if site.core.kind == "grid_sample":
+        if site.core.form.levels:
             if (site.name, site.reason) in levels:
                 continue
             levels.add((site.name, site.reason))

@@ -172,7 +172,7 @@ class _Run:
         args, kwargs = map_sources(node, self.sides.edges, pick)
         form, name = self.forms.get(node), op_name(node, self.dense)
         core = self.sides.core_at(node)
-        if core is not None and core.kind == "scaled_dot_product_attention":
+        if core is not None and core.form.gathers_mask:
             like = self.query[core.query]
             args, kwargs = self._tables(node, args, kwargs, self.forms[core.query], like.shape)
         elif form is not None and name in ELEMENTWISE and not form.mixes:

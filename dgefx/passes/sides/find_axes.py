@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from dgefx.kernels.layout import has_parts
+from dgefx.passes.attention.registry import form_of
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import Op, map_sources, named, op_name, run_node
@@ -76,8 +77,8 @@ class TokenAxesFinder:
     def _execute(self, node: fx.Node, args: Any, kwargs: Any, index: int) -> Any:
         if node.op == "call_method" and str(node.target).endswith("_"):
             args = (args[0].clone(), *args[1:])  # the fill of a fresh tensor
-        if op_name(node, self.trace.root) == "multi_head_attention_forward":
-            # it computes otherwise, and rounds otherwise, where query and key are one tensor
+        if form_of(node, self.trace.root) is not None:
+            # some compute otherwise, and round otherwise, where query and key are one tensor
             args = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args)
         if not self.trace.root.training:
             return run_node(node, self.trace.root, args, kwargs)

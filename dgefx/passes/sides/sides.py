@@ -17,7 +17,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from dgefx.passes.attention.core import AttentionCore, find_cores
+from dgefx.passes.attention.core import AttentionCore
+from dgefx.passes.attention.registry import find_cores, form_of
 from dgefx.passes.errors import Refused
 from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, Op, map_sources, named, op_name
 from dgefx.passes.sides.token_axes import size_read
@@ -197,12 +198,12 @@ class _Walk:
         for node in self.trace.graph.nodes:
             if not carries_tensor(self.trace.values.get(node)) or node.op == "call_module":
                 continue
-            name = self._name(node)
-            fused = name == "scaled_dot_product_attention"
+            form = form_of(node, self.trace.root)
+            scales = () if form is None else form.scales
             found |= {
                 (node, place)
                 for place, value in [*enumerate(node.args), *node.kwargs.items()]
-                if (name in ELEMENTWISE or (fused and place in (6, "scale")))
+                if (self._name(node) in ELEMENTWISE or place in scales)
                 and isinstance(value, Node)
                 and self._is_size(value)
                 and isinstance(self.trace.values[value], (int, float))

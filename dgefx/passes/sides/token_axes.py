@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from dgefx.kernels.layout import has_parts
 from dgefx.kernels.window import WindowAxes
+from dgefx.passes.attention.registry import form_named
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import Op, argument, named
 from dgefx.passes.trace.tracer import Trace
@@ -84,7 +85,7 @@ def needed_share(node: fx.Node, name: str, place: int | str, asking: Collection[
         node, name: the operation that reads it. place: among the arguments. asking: nodes of the
             query side.
     """
-    if name == "scaled_dot_product_attention":
+    if form_named(name) is not None:
         return _ALL
     if name == "masked_fill":
         return _ANY
