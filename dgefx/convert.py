@@ -22,8 +22,8 @@ from dgefx.nn.image_hook import unwatch_images
 from dgefx.passes.frontends.block_extraction import apply_extractions, restore
 from dgefx.passes.frontends.exported import as_module, exported_inputs
 from dgefx.passes.frontends.model import check_model
-from dgefx.passes.pipeline import Analysis, FilterFn, analyse, install
-from dgefx.passes.plan.plan import put
+from dgefx.passes.pipeline import Analysis, FilterFn, analyse
+from dgefx.passes.plan.install import install, put
 from dgefx.record import (
     Record,
     check_unsharded,

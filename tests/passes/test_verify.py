@@ -12,7 +12,7 @@ from dgefx.config import DGEConfig
 from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
 from dgefx.passes.pipeline import analyse
-from dgefx.passes.plan import verify
+from dgefx.passes.plan import compare
 from dgefx.passes.plan.verify import random_levels
 from tests.helpers import Attention, TinyViT, images
 
@@ -22,7 +22,7 @@ class Sabotage:
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self.build = verify.build_block
+        self.build = compare.build_block
 
     def __call__(self, *args: object, **kwargs: object) -> DGEBlock:
         block = self.build(*args, **kwargs)
@@ -59,7 +59,7 @@ def test_wrong_tokens_are_refused(what: str, side: tuple[int, int], routing: str
 
     model, x = TinyViT(depth=1, make=make).eval(), images(2, (4 * side[0], 4 * side[1]))
     config = DGEConfig() if routing == "nested" else DGEConfig(routing=routing)
-    with mock.patch.object(verify, "build_block", Sabotage(what)):
+    with mock.patch.object(compare, "build_block", Sabotage(what)):
         analysis = analyse(model, (x,), config, None, must_convert=False)
     reasons = [site.reason for site in analysis.sites]
     if what == "nothing":

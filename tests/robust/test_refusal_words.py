@@ -489,7 +489,7 @@ def test_code_that_fails_on_random_tokens_names_its_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["dgefx.passes.plan.plan.call_structure", "dgefx.passes.trace.tracer._drop_unread"]
+    "place", ["dgefx.passes.plan.plan.description", "dgefx.passes.trace.tracer._drop_unread"]
 )
 def test_a_bug_of_this_library_is_raised_as_one(
     place: str, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from dgefx.kernels.layout import to_tokens
 from dgefx.nn.callspec import CallSpec
 from dgefx.outputs import Call, tensors_in
-from dgefx.passes.layout import Layout
+from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.reasons import Reason
 from dgefx.passes.trace.decisions import is_shaped_by_data
 from dgefx.passes.trace.deterministic import Deterministic, seed_all
@@ -35,15 +35,15 @@ _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 
 
-def why_unequal(
-    block: nn.Module, call: Call, layout: Layout, shape: tuple[int, ...], constant: bool
-) -> Reason | None:
+def why_unequal(example: BlockExample, constant: bool) -> Reason | None:
     """The cause of a difference; None where it is not known.
 
     Args:
-        block: the dense one, in eval mode; not changed. call, layout, shape: of its example run.
+        example: of the dense block.
         constant: whether input that is constant within patches was what told the difference.
     """
+
+    block, call, layout, shape = example.block, example.call, example.layout, example.shape
 
     def run(
         seed: int,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan, plans
+from dgefx.nn.grid_shape import GridShape
 from dgefx.outputs import Call
+from dgefx.passes.plan.install import build_block
+from dgefx.passes.plan.plan import BlockPlan
 
 
 @contextlib.contextmanager
@@ -108,3 +111,23 @@ def block_cost(dense: nn.Module, converted: DGEBlock, call: Call, config: DGECon
         price = (between - coarsest - share * (finest - coarsest)) / extra if extra else 0.0
     known = tuple(slots.items())
     return BlockCost(count_macs(dense, *call), finest, coarsest, tuple(choices), price, known)
+
+
+def price(
+    work: nn.Module,
+    plans: Mapping[str, BlockPlan],
+    calls: Mapping[str, Call],
+    config: DGEConfig,
+) -> dict[str, BlockCost]:
+    """What every planned block costs; blocks that run the same code cost the same."""
+    costs: dict[str, BlockCost] = {}
+    for name, plan in plans.items():
+        other = plan.same_graph_as
+        if other in costs and plan.costs_like(plans[other]):
+            costs[name] = costs[other]
+            continue
+        dense = work.get_submodule(name)
+        shape = GridShape(plan.layout.grid) if plan.needs_grid_shape else None
+        converted = build_block(dense, plan, config, shape)
+        costs[name] = block_cost(dense, converted, calls[name], config)
+    return costs

@@ -1,50 +1,48 @@
-"""Blocks of the same structure are split once: what two traces must share to share their graphs.
+"""Graphs that were rewritten, and blocks that were verified, for blocks that are alike.
 
 The blocks of a vision transformer mostly differ in the values of their parameters and in the
-probabilities of their drop paths, and mostly do in train mode what they do in eval mode. The split
-looks at neither, as long as no parameter hides what others would show. Asked by `passes.plan.plan`
-before the trace and before the split; every block is verified by itself afterwards, whether its
-graph was split for it or for a twin.
+probabilities of their drop paths, and mostly do in train mode what they do in eval mode. A graph is
+rewritten once for all of them (`passes.plan.signature`), and what follows from the code alone is
+verified once; every block is compared with its own dense block all the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx, nn
 
-from dgefx.nn.callspec import Path
-from dgefx.passes.emit.rewrite import RewrittenGraph, split
+from dgefx.passes.emit.emitter import RewrittenGraph
+from dgefx.passes.emit.rewrite import split
 from dgefx.passes.layout import Layout
-from dgefx.passes.plan.block_signature import is_free, structure
-from dgefx.passes.trace.mutation import tensors_of
+from dgefx.passes.plan.signature import only_scales, trace_signature
 from dgefx.passes.trace.tracer import Trace
 
 if TYPE_CHECKING:
-    from dgefx.passes.plan.plan import BlockPlan
+    from dgefx.passes.plan.call_forms import KnownForms
+    from dgefx.passes.plan.plan import BlockPlan, HeldSizes
 
 
-class _Scalar(float):
+class _Scale(float):
     """A float of a traced graph that knows which of them it is."""
 
     place: int
 
 
-def _number_scalars(graph: fx.Graph) -> list[float]:
-    """Mark the free floats of a graph's arguments, in place."""
+def _number_scales(graph: fx.Graph) -> list[float]:
+    """Mark the floats of a graph's arguments that only scale, in place."""
     found: list[float] = []
 
     def mark(value: Any) -> Any:
-        if not is_free(value):
+        if not only_scales(value):
             return value
-        scalar = _Scalar(value)
-        scalar.place = len(found)
+        scale = _Scale(value)
+        scale.place = len(found)
         found.append(value)
-        return scalar
+        return scale
 
     for node in graph.nodes:
         node.args = fx.node.map_aggregate(node.args, mark)
@@ -52,11 +50,11 @@ def _number_scalars(graph: fx.Graph) -> list[float]:
     return found
 
 
-def _with_scalars(graph: fx.Graph, scalars: list[float]) -> fx.Graph:
-    """A copy of a split graph with the floats of another trace."""
+def _with_scales(graph: fx.Graph, scales: list[float]) -> fx.Graph:
+    """A copy of a rewritten graph with the floats of another trace."""
 
     def replace(value: Any) -> Any:
-        return scalars[value.place] if isinstance(value, _Scalar) else value
+        return scales[value.place] if isinstance(value, _Scale) else value
 
     made = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -67,66 +65,58 @@ def _with_scalars(graph: fx.Graph, scalars: list[float]) -> fx.Graph:
     return made
 
 
-def _is_mode_free(module: nn.Module) -> bool:
+def _ignores_mode(module: nn.Module) -> bool:
     """Whether a module that is called mixes tokens in train mode as it does in eval mode."""
     ours = type(module).__module__.startswith("torch.nn.modules.")
     draws = isinstance(module, (nn.MultiheadAttention, nn.RReLU))
     return ours and not draws and not any(True for _ in module.buffers())
 
 
-def _ignores_mode(one: Trace, other: Trace) -> bool:
-    """Whether two traces of a block, of the same structure, in eval and in train mode, compute the
-    same: what they call is known to, and all their values are equal (zeros may hide much).
-    The parameters are not looked at: the split of the first trace added noise to its own."""
-    called = {str(n.target) for n in one.graph.nodes if n.op == "call_module"}
-    called -= one.apart & other.apart
-    if not all(_is_mode_free(one.root.get_submodule(name)) for name in called):
-        return False
-    values = (
-        [v for n in t.graph.nodes if n.op != "get_attr" for v in tensors_of(t.values.get(n))]
-        for t in (one, other)
-    )
-    return all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+def ignores_mode(trace: Trace) -> bool:
+    """Whether all that a trace calls does the same in both modes, so that the graph of a trace in
+    eval mode serves the equal one in train mode."""
+    called = {str(n.target) for n in trace.graph.nodes if n.op == "call_module"} - trace.apart
+    return all(_ignores_mode(trace.root.get_submodule(name)) for name in called)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph. owner: name of the block that it was written for. scales: the floats of
+    that one's trace that only scale. key: signature of the trace. same_in_training: whether it
+    serves an equal trace in train mode too."""
+
+    graph: RewrittenGraph
+    owner: str
+    scales: list[float]
+    key: Hashable | None
+    same_in_training: bool
 
 
 @dataclass
-class Split:
-    """block: the split of `trace`. owner: name of the block that was split for it. scalars: the
-    free floats of the trace that was split. key: its structure, if that can be told."""
-
-    block: RewrittenGraph
-    owner: str
-    scalars: list[float]
-    key: Hashable | None
-    trace: Trace | None
-
-
 class GraphCache:
-    """The splits of one conversion so far.
+    """What one conversion has found so far.
 
-    plans: of whole blocks, by `call_structure`. bound: those of verified blocks, bound to their
-        sizes, by `eval_key`. compared: `gradient_key` of those whose gradients and batch sizes
-        were. formed: for which flags None and False are the same, and which forms of masks hold, by
-        `gradient_key`; see `passes.plan.call_forms`.
+    plans: of blocks, by their `description`. By their `plan_signature`, of blocks that were
+    verified: sizes: on which they hold; forms: of their calls; compared: whose gradients and batch
+    sizes were.
     """
 
-    def __init__(self) -> None:
-        self.plans: dict[Hashable, BlockPlan] = {}
-        self.bound: dict[Hashable, BlockPlan] = {}
-        self.compared: set[Hashable] = set()
-        self.formed: dict[Hashable, tuple[frozenset[Path], frozenset[Any]]] = {}
-        self._found: dict[Hashable, Split] = {}
+    plans: dict[Hashable, BlockPlan] = field(default_factory=dict)
+    sizes: dict[Hashable, HeldSizes] = field(default_factory=dict)
+    forms: dict[Hashable, KnownForms] = field(default_factory=dict)
+    compared: set[Hashable] = field(default_factory=set)
+    _graphs: dict[Hashable, Rewritten] = field(default_factory=dict)
 
-    def split(
+    def rewrite(
         self,
         trace: Trace,
         stream: fx.Node,
         layout: Layout,
         packs: bool,
         name: str,
-        evaluated: Split | None = None,
-    ) -> Split:
-        """`passes.emit.rewrite.split`, unless that was done for a trace of this structure and mode.
+        evaluated: Rewritten | None = None,
+    ) -> Rewritten:
+        """The rewritten graph of a trace, that of an equal one if there was one before.
 
         Args:
             trace: its floats are marked.
@@ -135,18 +125,19 @@ class GraphCache:
         Raises:
             Refused: with the reason why the block stays dense.
         """
-        key = structure(trace, stream, layout)
-        scalars = _number_scalars(trace.graph)
-        known = self._found.get((key, trace.root.training)) if key is not None else None
-        if known is None and evaluated is not None and evaluated.trace is not None:
-            same = key is not None and key == evaluated.key
-            known = evaluated if same and _ignores_mode(evaluated.trace, trace) else None
+        key = trace_signature(trace, stream, layout)
+        scales = _number_scales(trace.graph)
+        place = (key, trace.root.training)
+        known = self._graphs.get(place) if key is not None else None
+        if known is None and evaluated is not None and key is not None and key == evaluated.key:
+            known = evaluated if evaluated.same_in_training and ignores_mode(trace) else None
         if known is None:
-            made = Split(split(trace, stream, layout, packs), name, scalars, key, trace)
-            if key is not None:  # without the values of the trace, which are large
-                self._found[key, trace.root.training] = dataclasses.replace(made, trace=None)
-            return made
-        block = known.block
-        if scalars != known.scalars:
-            block = dataclasses.replace(block, graph=_with_scalars(block.graph, scalars))
-        return Split(block, known.owner, scalars, key, trace)
+            alike = ignores_mode(trace)
+            known = Rewritten(split(trace, stream, layout, packs), name, scales, key, alike)
+            if key is not None:
+                self._graphs[place] = known
+            return known
+        graph = known.graph
+        if scales != known.scales:
+            graph = dataclasses.replace(graph, graph=_with_scales(graph.graph, scales))
+        return dataclasses.replace(known, graph=graph, scales=scales, key=key)

@@ -1,8 +1,8 @@
-"""Pass 6d, more of what is verified once per block: its own floating type, its images.
+"""More of what is verified once for blocks that run the same code: the model's own floating type,
+other numbers of images.
 
 Outputs that are equal in float32 for two images say nothing of a branch on the type or of a number
-made of the batch size. Called by `dgefx.passes.pipeline` after `passes.plan.verify_gradients`, once
-for blocks that run the same code.
+made of the batch size. After `passes.plan.verify_gradients`. Next: `passes.plan.sizes`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,16 @@ from torch import nn
 
 from dgefx.ambient import working_dtype
 from dgefx.config import DGEConfig
-from dgefx.outputs import Call, output_tensors
 from dgefx.passes.errors import Refused
-from dgefx.passes.plan.example_calls import call_in_type, call_of_images, pick_images
+from dgefx.passes.plan.compare import converted_copy, is_close, randomised
+from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan
-from dgefx.passes.plan.verify import converted_copy, is_close, replaced_stream, stream_of
-from dgefx.passes.randomise import randomise_constants
 from dgefx.passes.trace.tracer import copy_block
 from dgefx.precision import in_type
 
 
 def verify_type(
-    dense: nn.Module,
-    plan: BlockPlan,
-    call: Call,
-    shape: tuple[int, ...],
-    config: DGEConfig,
-    dtype: torch.dtype,
+    example: BlockExample, plan: BlockPlan, config: DGEConfig, dtype: torch.dtype
 ) -> None:
     """Compare both blocks once in the model's own floating type, at the finest granularity.
 
@@ -44,32 +37,25 @@ def verify_type(
         )
     if dtype is working_dtype():
         return
-    reference = in_type(copy_block(dense).eval(), dtype)
-    noise = torch.randn(
-        stream_of(call, plan, shape).shape, generator=torch.Generator().manual_seed(8)
-    )
-    stream = noise.to(stream_of(call, plan, shape)).to(dtype)
-    probe = replaced_stream(call, plan, shape, stream)
+    reference = in_type(copy_block(example.block).eval(), dtype)
+    given = example.with_noise(torch.Generator().manual_seed(8)).in_type(dtype)
     with torch.no_grad():
         try:
-            args, kwargs = call_in_type(probe, dtype)
-            wanted = output_tensors(reference(*args, **kwargs))[0]
+            wanted = given.run(reference)
         except (RuntimeError, TypeError, NotImplementedError):  # not on this device
             return
-        args, kwargs = call_in_type(probe, dtype)
         converted = in_type(converted_copy(copy_block(reference, True), plan, config), dtype)
         try:
-            found = output_tensors(converted(*args, **kwargs))[0]
+            found = given.run(converted)
         except (RuntimeError, TypeError, ValueError) as failed:
             raise Refused(
                 f"verification: in {name} its converted code fails: {failed}", "verification failed"
             ) from failed
-    before = torch.zeros_like(stream) if plan.layout.update else stream
-    update = float((wanted - before).double().norm())
+    update = float((wanted - given.before).double().norm())
     error = float((found - wanted).double().norm())
     # some roundings of the update, one of the sum with the stream
     eps = torch.finfo(dtype).eps
-    if not error <= eps * (32 * update + 2 * float(before.double().norm())):
+    if not error <= eps * (32 * update + 2 * float(given.before.double().norm())):
         raise Refused(
             f"verification: in {name} it differs from the dense block by {error:.1e}, of an update "
             f"of {update:.1e}",
@@ -77,37 +63,32 @@ def verify_type(
         )
 
 
-def verify_images(
-    dense: nn.Module, plan: BlockPlan, call: Call, shape: tuple[int, ...], config: DGEConfig
-) -> None:
+def verify_images(example: BlockExample, plan: BlockPlan, config: DGEConfig) -> None:
     """Compare both blocks on one image and on three, where Python made a number of a batch size.
 
     Raises:
         Refused: the converted block keeps to the batch size of the example.
     """
-    images = shape[plan.layout.axis("B")]
+    images = example.shape[plan.layout.axis("B")]
     for count in (1, 3):
-        chosen = torch.arange(count) % images
-        probe = call_of_images(call, plan, shape, chosen)
-        stream = pick_images(stream_of(call, plan, shape), plan, chosen)
-        with torch.no_grad():
-            reference = copy_block(dense).eval()
-            randomise_constants(reference)
-            converted = converted_copy(copy_block(reference, True), plan, config)
-            try:
-                args, kwargs = call_in_type(probe, stream.dtype)
-                wanted = output_tensors(reference(*args, **kwargs))[0]
-            except Exception:  # user code may raise anything
-                continue
-            try:
-                args, kwargs = call_in_type(probe, stream.dtype)
-                found = output_tensors(converted(*args, **kwargs))[0]
-                same = is_close(found, wanted, 0 * stream if plan.layout.update else stream)
-            except (RuntimeError, IndexError, ValueError, TypeError):
-                same = False
-        if not same:
+        given = example.of_images(torch.arange(count) % images)
+        if not _is_same(given, randomised(example.block), plan, config):
             raise Refused(
                 f"it makes a number of the batch size, with which it was traced for {images} "
                 f"images: for {count} it does something else",
                 "follows the batch size",
             )
+
+
+@torch.no_grad()
+def _is_same(given: BlockExample, dense: nn.Module, plan: BlockPlan, config: DGEConfig) -> bool:
+    """Whether both blocks yield the same, if the dense one takes the call."""
+    try:
+        wanted = given.run(dense)
+    except Exception:  # user code may raise anything
+        return True
+    try:
+        found = given.run(converted_copy(copy_block(dense, True), plan, config))
+        return is_close(found, wanted, given.before)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return False

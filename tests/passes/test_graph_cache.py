@@ -19,9 +19,10 @@ from dgefx.config import DGEConfig
 from dgefx.outputs import Call
 from dgefx.passes.capture import record_calls
 from dgefx.passes.pipeline import analyse
-from dgefx.passes.plan.block_signature import _content, _module
+from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan, plan_block
-from dgefx.passes.plan.sizes import bound
+from dgefx.passes.plan.signature import module_signature
+from dgefx.passes.plan.sizes import held_sizes
 from tests.helpers import Attention, error, images, randomise
 
 DIM, SIDE = 16, 8
@@ -38,14 +39,15 @@ def alone(model: nn.Module, plan: BlockPlan, call: Call) -> BlockPlan:
     """The block planned as if there were no other one, and no other mode."""
     stream = next(v for v in (*call[0], *call[1].values()) if isinstance(v, Tensor))
     block, shape = model.get_submodule(plan.name), tuple(stream.shape)
-    with mock.patch("dgefx.passes.plan.graph_cache._ignores_mode", return_value=False):
-        own = plan_block(block, plan.name, call, plan.layout, shape)
-    return bound(block, own, call, shape, DGEConfig())
+    example = BlockExample(plan.name, block, call, plan.layout, shape)
+    with mock.patch("dgefx.passes.plan.graph_cache.ignores_mode", return_value=False):
+        own = plan_block(example)
+    return own.restricted(held_sizes(example, own, DGEConfig()))
 
 
 FIELDS = (
     "layout channels spec needs_grid_shape hook_source exact_at_any_level windows fixed_slots "
-    "tokens_apart stream_rank stencils only_here"
+    "tokens_apart rank stencils only_here"
 ).split()
 
 #: a model, its side, how many of its blocks have their graph from another one
@@ -85,7 +87,7 @@ def test_shared_plans_are_those_of_each_block_alone(name: str) -> None:
     torch.manual_seed(0)
     model = randomise(make())
     plans, calls = planned(model, side)
-    assert sum(bool(plan.twin) for plan in plans.values()) == shared
+    assert sum(bool(plan.same_graph_as) for plan in plans.values()) == shared
     for plan in plans.values():
         own = alone(model, plan, calls[plan.name])
         for code, wanted in ((plan.eval_code, own.eval_code), (plan.train_code, own.train_code)):
@@ -155,7 +157,7 @@ def test_only_what_scales_may_differ(
     torch.manual_seed(0)
     model = Model(one(), other())
     plans, calls = planned(model)
-    assert [plan.twin for plan in plans.values()] == ["", "blocks.0" if shared else ""]
+    assert [plan.same_graph_as for plan in plans.values()] == ["", "blocks.0" if shared else ""]
     second = plans["blocks.1"]
     assert second.eval_code.source == alone(model, second, calls["blocks.1"]).eval_code.source
 
@@ -201,12 +203,11 @@ class Hides(Around):
         return self.plane(y).flatten(2).transpose(1, 2)
 
 
-def test_a_kernel_that_hides_mixing_is_part_of_the_structure() -> None:
+def test_a_kernel_that_hides_mixing_does_not_hide_it_from_blocks_that_share_its_graph() -> None:
     torch.manual_seed(0)
     model = Model(Hides(torch.tensor([0.0, 1.0, 0.0])), Hides(torch.randn(3)))
     plans, calls = planned(model)
     second = plans["blocks.1"]
-    assert second.twin == ""
     assert second.eval_code.source == alone(model, second, calls["blocks.1"]).eval_code.source
 
 
@@ -449,7 +450,7 @@ def test_settings_that_cannot_be_compared_do_no_harm() -> None:
 
 def is_same_code(one: nn.Module, other: nn.Module) -> bool:
     try:
-        return _module(one, _content) == _module(other, _content)
+        return module_signature(one) == module_signature(other)
     except Exception:
         return False
 
@@ -485,7 +486,7 @@ def test_drop_paths_do_not_keep_blocks_from_sharing_their_sizes() -> None:
     """Their rates do nothing in eval mode, and the sizes are asked about in eval mode."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, depth=4, drop_path_rate=0.3)
-    with mock.patch("dgefx.passes.pipeline.bound", side_effect=bound) as asked:
+    with mock.patch("dgefx.passes.plan.convert_block.held_sizes", side_effect=held_sizes) as asked:
         plans, _calls = planned(model)
     assert len(plans) == 4
     assert asked.call_count == 2  # the first block has nn.Identity in the place of a drop path
@@ -494,6 +495,6 @@ def test_drop_paths_do_not_keep_blocks_from_sharing_their_sizes() -> None:
 @pytest.mark.parametrize("limits", [(100.0, 2.4), (100.0, 100.0)])
 def test_only_blocks_of_the_same_settings_share_their_sizes(limits: tuple[float, ...]) -> None:
     torch.manual_seed(0)
-    with mock.patch("dgefx.passes.pipeline.bound", side_effect=bound) as asked:
+    with mock.patch("dgefx.passes.plan.convert_block.held_sizes", side_effect=held_sizes) as asked:
         planned(WindowedModel(*map(Windowed, limits)))
     assert asked.call_count == len(set(limits))

@@ -1,6 +1,9 @@
 """What a block is besides the values of its parameters, as something that can be compared.
 
-Used by `passes.plan.graph_cache`, which plans blocks of the same structure once.
+`description` is of a block that was not traced: blocks with equal ones are planned once.
+`trace_signature` is of a traced block: blocks with equal ones share a rewritten graph, and
+`plan_signature` what was verified once for their code. Where something cannot be compared there is
+no signature, and the block is planned and verified alone. Used by `passes.plan.graph_cache`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import enum
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,8 +23,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dgefx.nn.callspec import CallSpec
+from dgefx.nn.guards import Guards
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import Op, named, op_name
+from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.trace.tracer import Trace
 
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -39,90 +44,74 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
-#: what floats among the arguments do not change the places of
+#: operations that floats among the arguments only scale
 _SCALES = named(Op.SCALES)
-#: what of a tensor's elements does not add to the others, and of how many it has to be so that
-#: one cannot tell from a block what another one mixes (a kernel that passes its input on)
-_NEGLIGIBLE, _SPARSE = 1e-6, 1e-2
 
 
-class _Unknown(Exception):
-    """Something that cannot be compared."""
+class _NotComparable(Exception):
+    """Something of which equality cannot be told."""
 
 
-class _Same:
+class _Identity:
     """An object that equals nothing but itself; kept, so that no other one takes its place."""
 
     def __init__(self, value: object) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _Identity) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
 
 
-def is_free(value: Any) -> bool:
-    """Whether a number only scales: any other of its sign would do for the split."""
+def only_scales(value: Any) -> bool:
+    """Whether a number only scales: a graph written for it holds for any other of its sign."""
     return isinstance(value, float) and 1e-6 < abs(value) < 1e6 and abs(value) != 1.0
 
 
 def _kind(value: Tensor) -> Hashable:
+    """A tensor without its elements."""
     if type(value.data) is not Tensor or value.layout is not torch.strided:
-        raise _Unknown
+        raise _NotComparable
     return type(value), value.dtype, value.device, tuple(value.shape), value.stride()
 
 
-def _digest(value: Tensor) -> bytes:
-    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().tobytes()).digest()
-
-
 def _content(value: Tensor) -> Hashable:
-    return _kind(value), _digest(value)
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return _kind(value), hashlib.sha256(data.numpy().tobytes()).digest()
 
 
 def _weights(value: Tensor) -> Hashable:
-    """A parameter: any other values would do, unless many of them are as good as not there.
-
-    Constant ones do not count: the split adds noise to them.
-    """
-    if not value.is_floating_point():
-        return _content(value)
-    size = value.detach().abs()
-    there = size > _NEGLIGIBLE * (size.max() if size.numel() else 1.0)
-    is_constant = not size.numel() or bool(value.max() - value.min() <= 1e-3 * size.max())
-    if is_constant or float((~there).float().mean()) <= _SPARSE:
-        return _kind(value)
-    return _kind(value), _digest(there)
+    """A parameter, which may take any other values; constants of whole numbers may not."""
+    return _kind(value) if value.is_floating_point() else _content(value)
 
 
 def _frozen(
     value: Any,
-    numbers: Mapping[fx.Node, int] = MappingProxyType({}),
+    names: Mapping[Any, Hashable] = MappingProxyType({}),
     scales: bool = False,
-    owned: Mapping[int, str] = MappingProxyType({}),
 ) -> Hashable:
     """A value as something that can be compared, tensors by their elements.
 
     Args:
-        numbers: of nodes. scales: whether its free floats are compared by their sign.
-        owned: names, by id, of tensors that are compared by these as well.
+        names: of nodes, and by id of tensors that are compared by name as well.
+        scales: whether floats that only scale are compared by their sign.
     """
 
     def frozen(part: Any) -> Hashable:
-        return _frozen(part, numbers, scales, owned)
+        return _frozen(part, names, scales)
 
-    if isinstance(value, fx.Node) and value in numbers:
-        return "node", numbers[value]
+    if isinstance(value, fx.Node) and value in names:
+        return "node", names[value]
     if isinstance(value, Tensor):
-        if id(value) in owned:
-            return owned[id(value)], _content(value)
+        if id(value) in names:
+            return names[id(value)], _content(value)
         # equal today, but each will learn by itself
-        return _Same(value) if value.requires_grad else _content(value)
+        return _Identity(value) if value.requires_grad else _content(value)
     if isinstance(value, float):
-        return float, ("+" if value > 0 else "-") if scales and is_free(value) else repr(value)
+        known = scales and only_scales(value)
+        return float, ("+" if value > 0 else "-") if known else repr(value)
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(frozen, value))
     if isinstance(value, dict):
@@ -133,7 +122,7 @@ def _frozen(
         parts = (value.func, value.args, value.keywords, vars(value))
         return functools.partial, tuple(map(frozen, parts))
     # 1 and True are equal; what other objects are equal is their own affair
-    return (type(value), value) if isinstance(value, _PLAIN) else _Same(value)
+    return (type(value), value) if isinstance(value, _PLAIN) else _Identity(value)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
@@ -141,43 +130,35 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def _module(
-    module: nn.Module,
-    buffers: Callable[[Tensor], Hashable],
-    idle: frozenset[str] = frozenset(),
+def module_signature(
+    module: nn.Module, buffers: Callable[[Tensor], Hashable] = _content
 ) -> Hashable:
     """Everything about a module but its mode and the values of its parameters.
 
     Args:
-        buffers: what of these counts. idle: parts whose floats do not.
+        buffers: what of these counts.
     """
     found: list[Hashable] = []
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
     # under which name what is known by several is counted
-    first = {id(tensor): name for name, tensor in tensors}
-
-    def named(name: str, part: nn.Module | Tensor) -> str:
-        return first.setdefault(id(part), name)
-
+    first: dict[Any, Hashable] = {id(tensor): name for name, tensor in tensors}
     for name, part in module.named_modules(remove_duplicate=False):
         if part._forward_hooks or part._forward_pre_hooks or has_backward_hooks(part):
-            raise _Unknown
+            raise _NotComparable
         own = {k: v for k, v in vars(part).items() if k not in _OWN_ATTRIBUTES}
-        found.append(
-            (name, named(name, part), type(part), _frozen(own, scales=name in idle, owned=first))
-        )
+        found.append((name, first.setdefault(id(part), name), type(part), _frozen(own, first)))
         # running statistics scale, as parameters do
         of_buffers = _weights if isinstance(part, _NormBase) else buffers
-        for own_tensors, of_value in ((part._parameters, _weights), (part._buffers, of_buffers)):
+        for held, of_value in ((part._parameters, _weights), (part._buffers, of_buffers)):
             found += [
-                (key, named(f"{name}.{key}", value), of_value(value))
-                for key, value in own_tensors.items()
+                (key, first.setdefault(id(value), f"{name}.{key}"), of_value(value))
+                for key, value in held.items()
                 if value is not None
             ]
     return tuple(found)
 
 
-def _known(make: Callable[[], Hashable]) -> Hashable | None:
+def _comparable(make: Callable[[], Hashable]) -> Hashable | None:
     """What is made, None if it cannot be compared: attributes are user code."""
     try:
         key = make()
@@ -187,41 +168,27 @@ def _known(make: Callable[[], Hashable]) -> Hashable | None:
     return key
 
 
-def call_structure(
-    block: nn.Module,
-    spec: CallSpec,
-    shape: tuple[int, ...],
-    layout: Layout,
-    idle: frozenset[str] = frozenset(),
-) -> Hashable | None:
-    """All that decides how a block is traced and split; None if it cannot be told.
+def _called_as(spec: CallSpec) -> Hashable:
+    return spec.names, _frozen(spec.defaults), spec.inputs, _frozen(spec.fixed)
 
-    Stricter than `structure`, without which it saves the trace.
 
-    Args:
-        spec: of its call. shape, layout: of its stream.
-        idle: parts that do nothing in eval mode. With them, all that decides how the block runs in
-            eval mode at other sizes.
-    """
+def description(example: BlockExample, spec: CallSpec) -> Hashable | None:
+    """All that decides how a block is traced; None if it cannot be told."""
 
     def make() -> Hashable:
         given, tree = pytree.tree_flatten(spec.example)
-        streams = [v for v in given if isinstance(v, Tensor) and tuple(v.shape) == shape]
+        streams = [v for v in given if isinstance(v, Tensor) and tuple(v.shape) == example.shape]
         if len(streams) != 1:
-            raise _Unknown
-        leaves = [_kind(v) if v is streams[0] else _frozen(v) for v in given]
-        return (
-            _module(block, _content, idle),
-            (str(tree), tuple(leaves)),
-            (spec.names, _frozen(spec.defaults), spec.inputs, _frozen(spec.fixed)),
-            dataclasses.replace(layout, source=None),
-        )
+            raise _NotComparable
+        leaves = tuple(_kind(v) if v is streams[0] else _frozen(v) for v in given)
+        layout = dataclasses.replace(example.layout, source=None)
+        return module_signature(example.block), str(tree), leaves, _called_as(spec), layout
 
-    return _known(make)
+    return _comparable(make)
 
 
 def _value(node: fx.Node, trace: Trace, stream: fx.Node) -> Hashable:
-    """What the split may ask about a traced value."""
+    """What writing a graph may ask about a traced value."""
     value = trace.values.get(node)
     if isinstance(value, Tensor):
         if node.op == "get_attr":
@@ -238,22 +205,23 @@ def _value(node: fx.Node, trace: Trace, stream: fx.Node) -> Hashable:
 
 
 def _called(trace: Trace, name: str) -> Hashable:
-    """What the split may ask about a module that is called: of one that works on every token alike,
-    whatever it holds, its weights."""
+    """What writing a graph may ask about a module that is called: of one that works on every token
+    alike, whatever it holds, its weights."""
     module = trace.root.get_submodule(name)
     if name not in trace.apart:
-        return _module(module, _weights)
+        return module_signature(module, _weights)
     held = itertools.chain(module.named_parameters(), module.named_buffers())
     return type(module), tuple((key, _weights(value)) for key, value in held)
 
 
-def structure(trace: Trace, stream: fx.Node, layout: Layout) -> Hashable | None:
-    """All but the mode that decides how a traced block is split; None if it cannot be told.
+def trace_signature(trace: Trace, stream: fx.Node, layout: Layout) -> Hashable | None:
+    """All but the mode that decides how the graph of a trace is rewritten; None if it cannot be
+    told.
 
     Args:
         stream: the placeholder of the residual stream. layout: of the stream.
     """
-    numbers = {node: index for index, node in enumerate(trace.graph.nodes)}
+    numbers: dict[Any, Hashable] = {node: i for i, node in enumerate(trace.graph.nodes)}
 
     def make() -> Hashable:
         found: list[Hashable] = [dataclasses.replace(layout, source=None), numbers[stream]]
@@ -267,4 +235,38 @@ def structure(trace: Trace, stream: fx.Node, layout: Layout) -> Hashable | None:
             )
         return tuple(found)
 
-    return _known(make)
+    return _comparable(make)
+
+
+def plan_signature(
+    traces: Iterable[Hashable | None],
+    guards: Iterable[Guards],
+    block: nn.Module,
+    spec: CallSpec,
+    idle: frozenset[str],
+) -> Hashable | None:
+    """Equal for blocks that run the same code at any size, but for numbers that only scale; None
+    if that cannot be told.
+
+    Args:
+        traces: their signatures. guards: what their code holds for. idle: parts of the block that
+            do nothing in eval mode, as drop paths, whose rates may differ.
+    """
+    signatures = tuple(traces)
+
+    def make() -> Hashable:
+        if None in signatures or any(map(has_backward_hooks, block.modules())):
+            raise _NotComparable
+        held = [
+            (
+                tuple(
+                    (s.module, s.name, _frozen(s.value, {}, s.module in idle)) for s in g.settings
+                ),
+                g.questions and g.questions.source,
+                dataclasses.replace(g, settings=(), questions=None, answers=frozenset()),
+            )
+            for g in guards
+        ]
+        return signatures, tuple(held), _called_as(spec)
+
+    return _comparable(make)
