@@ -21,7 +21,7 @@ import dgefx.passes.trace.tracer
 from dgefx.nn.unread import Unread
 from dgefx.passes.diagnosis.reason_lines import reason_lines
 from dgefx.passes.errors import Refused
-from dgefx.passes.plan.verify import _require_equal
+from dgefx.passes.plan.compare import require_equal
 from dgefx.passes.reasons import KINDS
 from tests.helpers import Attention, TinyViT, error, images, randomise
 
@@ -426,7 +426,7 @@ def test_a_difference_is_never_nothing() -> None:
     }
     for words, found in cases.items():
         with pytest.raises(Refused, match=re.escape(words)) as caught:
-            _require_equal(found, wanted, stream, "the finest granularity")
+            require_equal(found, wanted, stream, "the finest granularity")
         assert "0.0e+00" not in str(caught.value)
 
 
