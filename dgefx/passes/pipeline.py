@@ -45,6 +45,7 @@ from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.plan.verify_model import install_and_verify
 from dgefx.passes.reasons import KINDS, Reason, advice_lines
+from dgefx.passes.stage_log import log_stage
 from dgefx.passes.user_code import own_code_fails
 from dgefx.precision import floating_type, full_float32
 from dgefx.report import BlockReport, Report
@@ -180,6 +181,8 @@ def analyse(
         plans = _convert_blocks(model, work, sites, observed, config)
         _require_plans(work, sites, plans, must_convert, set(observed.calls))
         costs = price(work, plans, observed.calls, config.bounded())
+        for name, cost in costs.items():
+            log_stage(name, "price in MACs", (cost.dense, cost.macs(cost.plans[0])))
         plans, costs = _worthwhile(work, sites, plans, costs, must_convert)
         if plans:
             plans = find_sources(plans, observed.sizes, work, call)
@@ -229,6 +232,7 @@ def _convert_blocks(
     types: dict[str, torch.dtype] = {}
     before = BlocksBefore(plans, types, GraphCache())
     for site in sites:
+        log_stage(site.name, "located", site.reason or site.layout)
         if site.reason is not None:
             continue
         assert site.layout is not None and site.stream is not None
@@ -246,6 +250,7 @@ def _convert_blocks(
             raise
         except Exception as error:  # a block is user code: whatever it raises is its reason
             site.refuse(_reason(example, error))
+            log_stage(site.name, "refused", site.reason)
         else:
             plans[site.name] = plan
     return plans

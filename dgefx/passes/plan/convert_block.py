@@ -16,6 +16,7 @@ from dgefx.passes.plan.sizes import held_sizes
 from dgefx.passes.plan.verify import verify_block
 from dgefx.passes.plan.verify_gradients import verify_gradients
 from dgefx.passes.plan.verify_types import verify_images, verify_type
+from dgefx.passes.stage_log import log_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ def convert_block(
             raise
         plan = plan_block(example, config.packs)
         _verify(example, plan, config, before)
+    log_stage(example.name, "plan, verified", plan)
     example = dataclasses.replace(example, rank=plan.rank)
     first = before.plans.get(plan.copy_of)
     sizes = cache.sizes.get(plan.code_key) if plan.code_key is not None else None
@@ -63,8 +65,10 @@ def convert_block(
         sizes = held_sizes(example, plan, config)
         if plan.code_key is not None:
             cache.sizes[plan.code_key] = sizes
+    log_stage(example.name, "sizes", sizes)
     plan = dataclasses.replace(plan, reference=None).restricted(sizes)
     plan = with_forms(example, plan, config, cache, first)
+    log_stage(example.name, "call forms", [form.spec.masks for form in plan.forms])
     if first is None or before.types[plan.copy_of] != dtype:
         verify_type(example, plan, config, dtype)
     return plan

@@ -32,6 +32,7 @@ from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache, Rewritten
 from dgefx.passes.plan.signature import description, plan_signature
 from dgefx.passes.sides.sides import KEEPS_STREAM
+from dgefx.passes.stage_log import log_stage
 from dgefx.passes.trace.decisions import follows_batch
 from dgefx.passes.trace.guards import guards_of, same_types, same_without_grad
 from dgefx.passes.trace.tracer import Trace, attribute_of, trace
@@ -110,6 +111,23 @@ class BlockPlan:
     forms: tuple[CallForm, ...] = ()
     copy_of: str = ""
     signature: Hashable | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """For `passes.stage_log`."""
+        whose = self.same_graph_as or self.copy_of
+        same = self.train_code.is_same(self.eval_code)
+        settings = [f"{s.module}.{s.name} = {s.value!r}" for s in self.guards[0].settings]
+        lines = [
+            f"stream: {self.layout}, argument {self.rank} of its shape, {self.channels} channels",
+            f"generated code, in eval mode{f' (as of {whose})' if whose else ''}:",
+            self.eval_code.source.strip(),
+            f"in train mode: {'the same' if same else self.train_code.source.strip()}",
+            f"settings that it holds for: {', '.join(settings)}",
+            f"windows: {self.windows}, stencils: {sorted(self.stencils)}",
+            f"exact at any level on patch-constant input: {self.exact_at_any_level}",
+            f"tokens mixed by attention alone: {self.tokens_apart}",
+        ]
+        return "\n".join(lines)
 
     @property
     def same_graph_as(self) -> str:
@@ -286,6 +304,8 @@ def _planned(
 ) -> BlockPlan:
     block, name, layout, shape = example.block, example.name, example.layout, example.shape
     traces = [trace(block, spec, training, grid=layout.grid) for training in (False, True)]
+    for traced, mode in zip(traces, ("eval", "train"), strict=True):
+        log_stage(name, f"trace in {mode} mode", traced.graph)
     _require_stateless(traces)
     if not all(same_without_grad(block, traced) for traced in traces):
         raise Refused(
