@@ -50,7 +50,8 @@ def non_qk_cores(searched: SearchedGraph, cores: list[AttentionCore]) -> list[At
             node, values = product.node, product.operand(weighed.value)
             if node in outputs or not any(n.op == "placeholder" for n in behind(values)):
                 continue
-            if samples & set(breadth_first([values], unmoved)):
+            before: set[Node] = set(breadth_first([values], unmoved))
+            if samples & before:
                 continue
             along = tokens.vary(values, product.summed[weighed.value])
             if along is None:

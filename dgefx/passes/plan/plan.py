@@ -36,6 +36,7 @@ from dgefx.passes.stage_log import log_stage
 from dgefx.passes.trace.decisions import follows_batch
 from dgefx.passes.trace.guards import guards_of, same_types, same_without_grad
 from dgefx.passes.trace.tracer import Trace, attribute_of, trace
+from dgefx.passes.walk import breadth_first
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,14 @@ def _stream_rank(traced: Trace, found: list[fx.Node]) -> int:
     """Which argument of the stream's shape is the stream: that which goes on to the result, with
     updates added, and not one that only takes part in them (positions, values of a block before).
     """
-    front = next(n for n in traced.graph.nodes if n.op == "output").all_input_nodes
-    kept = set(front)
-    while front:
-        node = front.pop()
-        if not node.op.startswith("call_") or op_name(node, traced.root) not in KEEPS_STREAM:
-            continue
-        new = [n for n in node.all_input_nodes if n not in kept]
-        kept.update(new)
-        front += new
-    return next((rank for rank, node in enumerate(found) if node in kept), 0)
+
+    def kept(node: fx.Node) -> list[fx.Node]:
+        keeps = node.op.startswith("call_") and op_name(node, traced.root) in KEEPS_STREAM
+        return node.all_input_nodes if keeps else []
+
+    results = next(n for n in traced.graph.nodes if n.op == "output").all_input_nodes
+    stream: set[fx.Node] = set(breadth_first(results, kept))
+    return next((rank for rank, node in enumerate(found) if node in stream), 0)
 
 
 def _require_stateless(traces: list[Trace]) -> None:
