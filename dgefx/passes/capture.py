@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dgefx.outputs import Call, tensors_in
+from dgefx.passes.trace.interception import seen_functions
 
 
 @dataclass
@@ -210,7 +211,8 @@ def capture(
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     for index, leaf in enumerate(leaves):
         recorder.input(leaf, f"input_{index}")
-    with torch.no_grad(), _module_frames(model, recorder, frames, given), recorder:
+    frames_of = _module_frames(model, recorder, frames, given)
+    with torch.no_grad(), seen_functions(model), frames_of, recorder:
         output = model(*args, **kwargs)
     results = tensors_in(output)
     recorder.graph.output(tuple(recorder.node_of(value) for value in results))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dgefx.passes.reasons import KindName
+from dgefx.passes.reasons import KindName, Reason
 
 
 class Refused(ValueError):
@@ -11,6 +11,10 @@ class Refused(ValueError):
     def __init__(self, reason: str, kind: KindName = "other") -> None:
         super().__init__(reason)
         self.kind: KindName = kind
+
+    @classmethod
+    def because(cls, reason: Reason) -> Refused:
+        return cls(reason.text, reason.kind)
 
 
 class TraceError(ValueError):

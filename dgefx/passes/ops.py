@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping
 from enum import Flag, auto
 from typing import Any
 
@@ -171,8 +173,51 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
     if node.op == "call_function":
         # an ATen overload is called "linear.default"
         target = getattr(node.target, "overloadpacket", node.target)
-        return _normalise(getattr(target, "__name__", str(target)))
+        return own_name(target) or _normalise(getattr(target, "__name__", str(target)))
     return node.op
+
+
+#: functions that are one operation whatever they do inside: names of operations by their full
+#: names, by the last part of these
+_own_names: dict[str, dict[str, str]] = {}
+
+
+def full_name(function: Any) -> str:
+    """ "namespace::name" of an operator, "package.module.name" of a Python function; of what was
+    compiled, that of the function itself."""
+    function = getattr(function, "_torchdynamo_orig_callable", function)
+    function = getattr(function, "_opoverload", function)  # of `torch.library.custom_op`
+    function = getattr(function, "overloadpacket", function)
+    name = getattr(function, "__qualname__", getattr(function, "__name__", ""))
+    return str(
+        getattr(function, "_qualified_op_name", None)
+        or f"{getattr(function, '__module__', '')}.{name}"
+    )
+
+
+def own_name(function: Any) -> str | None:
+    """The operation that a function was made by `set_own_names`."""
+    names = _own_names.get(getattr(function, "__name__", ""))
+    return names.get(full_name(function)) if names else None
+
+
+def set_own_names(names: Mapping[str, str]) -> None:
+    """Let functions be operations of their own, and these alone.
+
+    Args:
+        names: of the operations, by the full names of the functions.
+    """
+    _own_names.clear()
+    for full, name in names.items():
+        _own_names.setdefault(re.split(r"\.|::", full)[-1], {})[full] = name
+
+
+def own_functions() -> list[str]:
+    """The last parts of the names of Python functions among them whose modules are imported."""
+    imported = tuple(f"{module}." for module in [*sys.modules])
+    return [
+        last for last, names in _own_names.items() if any(n.startswith(imported) for n in names)
+    ]
 
 
 def argument(node: Node, position: int, name: str, default: object = None) -> object:

@@ -29,6 +29,7 @@ from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import BlockCost
 from dgefx.nn.capacity import Plan
 from dgefx.outputs import Call, output_tensors
+from dgefx.passes.attention.registry import form_names
 from dgefx.passes.capture import capture, idle_modules, recording
 from dgefx.passes.diagnosis.reason_lines import reason_lines
 from dgefx.passes.diagnosis.unequal import why_unequal
@@ -64,8 +65,9 @@ _COMPILED = Reason(
 _FILTERED = Reason("left out by filter_fn", "left out by filter")
 _RECOGNISED = (
     "If the model has attention, it is spelled otherwise: a custom kernel (flash_attn, xformers) "
-    "is not seen, switch to torch.nn.functional.scaled_dot_product_attention. Convolutional, "
-    "state-space and linear-attention models have nothing to convert"
+    "is not seen, switch to torch.nn.functional.scaled_dot_product_attention, or register it "
+    "(dgefx.register_attention). Convolutional, state-space and linear-attention models have "
+    "nothing to convert"
 )
 
 
@@ -172,9 +174,8 @@ def analyse(
         if not sites and must_convert:
             raise ValueError(
                 f"no attention blocks found in {type(model).__name__}: looked for "
-                f"scaled_dot_product_attention, multi_head_attention_forward, matmul-softmax-"
-                f"matmul and grid_sample weighed by a softmax among {len(captured.graph.nodes)} "
-                f"operations of one forward pass. {_RECOGNISED}"
+                f"{', '.join(form_names())} among {len(captured.graph.nodes)} operations of one "
+                f"forward pass. {_RECOGNISED}"
             )
         _leave_out(sites, model, work, filter_fn)
         observed = observe(work, call, {site.name for site in sites if site.reason is None})

@@ -18,7 +18,8 @@ from torch.fx import Graph, Node
 
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import argument, op_name
+from dgefx.passes.ops import argument, full_name, op_name
+from dgefx.passes.reasons import Reason
 
 if TYPE_CHECKING:
     from dgefx.passes.emit.emitter import QueryGraphEmitter
@@ -90,14 +91,21 @@ class AttentionForm:
     result has a row for every row of `query`, whatever their number; subclasses are less plain.
 
     Args:
-        name: in messages and reports; unique.
-        functions: what calls it: operators of `torch.library`, or Python functions, each of which
-            then is one node of every graph. Their first three parameters are queries, keys, values.
+        name: in messages; unique.
+        functions: what calls it: operators of `torch.library`, Python functions, each of which
+            then is one node of every graph, or their full names ("namespace::operator",
+            "package.module.function" where it is defined), so that nothing need be imported. Their
+            first three parameters are queries, keys, values.
         operands: the names of these three, for calls by keyword.
         query_axis: the axis of the queries on which their tokens lie, negative: -2 of
             (images, heads, tokens, C), -3 of (images, tokens, heads, C).
         gathers_mask: whether further operands are broadcast against scores of (..., queries, keys),
             as masks and biases, and are to be read per query.
+
+    Raises:
+        TypeError: a function that is neither callable nor a name, or operands that are not three
+            names.
+        ValueError: an empty name, or a query axis that is not negative.
 
     Attributes:
         scales: places of arguments that are numbers which scores are multiplied by.
@@ -110,12 +118,21 @@ class AttentionForm:
     def __init__(
         self,
         name: str,
-        functions: Sequence[Callable[..., Any]] = (),
+        functions: Sequence[Callable[..., Any] | str] = (),
         operands: tuple[str, str, str] = ("query", "key", "value"),
         query_axis: int = -2,
         gathers_mask: bool = False,
     ) -> None:
-        self.name, self.functions, self.operands = name, tuple(functions), operands
+        if not all(isinstance(f, str) or callable(f) for f in functions):
+            raise TypeError(f"functions must be callables or their full names, not {functions!r}")
+        if len(operands) != 3 or not all(isinstance(part, str) for part in operands):
+            raise TypeError(f"operands must name queries, keys and values, not {operands!r}")
+        if not name or query_axis >= 0:
+            raise ValueError(
+                "name must not be empty, and query_axis is negative (-2: last but one)"
+            )
+        self.functions = tuple(f if isinstance(f, str) else full_name(f) for f in functions)
+        self.name, self.operands = name, operands
         self.query_axis, self.gathers_mask = query_axis, gathers_mask
 
     @property
@@ -153,12 +170,23 @@ class AttentionForm:
         fitting = [n // batch * count for n in merged if n % batch == 0]
         return int(min((n for n in fitting if n >= grid), default=count))
 
+    def refusal(self, node: Node) -> Reason | None:
+        """Why a call cannot convert, by the arguments it is given; None if it can."""
+        return None
+
     def check(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
         """Whether an attention of a traced block can be written for queries.
 
         Raises:
-            Refused: its result does not follow the tokens of its queries. Subclasses refuse more.
+            Refused: its call is refused, or its result does not follow the tokens of its queries.
         """
+        reason = self.refusal(core.output)
+        if reason is not None:
+            raise Refused.because(reason)
+        self.check_axes(core, finder)
+
+    def check_axes(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
+        """The part of `check` that asks for the tokens."""
         axes = finder.forms.get(core.output)
         if axes is not None and axes.kind == "full_resolution":
             # queries that are fewer than the tokens were refused before (`passes.locate.sites`)

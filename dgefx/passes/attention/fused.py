@@ -10,10 +10,10 @@ from dgefx.kernels.packed_attention import packed_attention
 from dgefx.passes.attention.core import PER_IMAGE, AttentionCore, AttentionForm
 from dgefx.passes.errors import Refused
 from dgefx.passes.ops import argument
+from dgefx.passes.reasons import Reason
 
 if TYPE_CHECKING:
     from dgefx.passes.emit.packed import PackedQueryEmitter
-    from dgefx.passes.sides.find_axes import TokenAxesFinder
 
 
 class FusedAttention(AttentionForm):
@@ -24,13 +24,13 @@ class FusedAttention(AttentionForm):
     def __init__(self) -> None:
         super().__init__("scaled_dot_product_attention", gathers_mask=True)
 
-    def check(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
-        if argument(core.output, 5, "is_causal", False) is True:
-            raise Refused(
-                "causal attention: queries that are pooled have no place in the order",
-                "causal attention",
-            )
-        super().check(core, finder)
+    def refusal(self, node: Node) -> Reason | None:
+        if argument(node, 5, "is_causal", False) is not True:
+            return None
+        return Reason(
+            "causal attention: queries that are pooled have no place in the order",
+            "causal attention",
+        )
 
     def emit_packed(self, core: AttentionCore, emitter: PackedQueryEmitter) -> Node:
         axes, rank = emitter.forms[core.query], len(emitter._shape(core.query))

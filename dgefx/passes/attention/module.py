@@ -12,6 +12,7 @@ from dgefx.passes.attention.core import PER_IMAGE, AttentionCore, AttentionForm
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import argument
+from dgefx.passes.reasons import Reason
 from dgefx.passes.trace.tracer import HOOKED
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ class ModuleAttention(AttentionForm):
         tokens, images = core.query.meta["shape"][:2]
         return int(tokens * max(images // batch, 1))
 
-    def check(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
-        if isinstance(core.output.kwargs.get("attn_mask"), Node):
-            raise Refused("nn.MultiheadAttention with an attention mask", "attention mask")
+    def refusal(self, node: Node) -> Reason | None:
+        if not isinstance(node.kwargs.get("attn_mask"), Node):
+            return None
+        return Reason("nn.MultiheadAttention with an attention mask", "attention mask")
+
+    def check_axes(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
         axes = finder.forms.get(core.query)
         if axes is not None and axes.kind in ("window", "in_transit") and finder.windowed:
             raise Refused(

@@ -10,21 +10,66 @@ from dgefx.passes.attention.fused import FusedAttention
 from dgefx.passes.attention.module import ModuleAttention
 from dgefx.passes.attention.sampling import SamplingAttention
 from dgefx.passes.attention.unfused import UnfusedAttention
-from dgefx.passes.ops import op_name
+from dgefx.passes.ops import op_name, set_own_names
 
 _forms: dict[str, AttentionForm] = {}
 
 
-def register_attention(form: AttentionForm) -> AttentionForm:
-    """Let conversions find attention of a further form."""
+def _name_functions() -> None:
+    set_own_names({name: form.name for form in _forms.values() for name in form.functions})
+
+
+def _add(form: AttentionForm) -> None:
     _forms[form.name] = form
+    _name_functions()
+
+
+_add(UnfusedAttention())
+_add(FusedAttention())
+_add(ModuleAttention())
+_add(SamplingAttention())
+
+
+def register_attention(form: AttentionForm) -> AttentionForm:
+    """Let `convert`, `explain` and `load` find attention of a further form, from now on.
+
+    Returns:
+        the form, for `unregister_attention`.
+
+    Raises:
+        TypeError: not an instance of `AttentionForm`.
+        ValueError: its name or one of its functions is registered already, or it lists no function.
+    """
+    if not isinstance(form, AttentionForm):
+        raise TypeError(
+            f"register_attention takes an instance of dgefx.AttentionForm, not {form!r}: "
+            f"register_attention(AttentionForm('my_attention', functions=[my_attention]))"
+        )
+    if form.name in _forms:
+        raise ValueError(
+            f"an attention form {form.name!r} is registered already; choose another name, or call "
+            f"dgefx.unregister_attention({form.name!r}) before"
+        )
+    if not form.functions and type(form).find is AttentionForm.find:
+        raise ValueError(f"{form.name!r} lists no functions, so no call of it would be found")
+    for other in _forms.values():
+        for function in set(other.functions) & set(form.functions):
+            raise ValueError(f"{function} belongs to the attention form {other.name!r} already")
+    _add(form)
     return form
 
 
-register_attention(UnfusedAttention())
-register_attention(FusedAttention())
-register_attention(ModuleAttention())
-register_attention(SamplingAttention())
+def unregister_attention(form: AttentionForm | str) -> None:
+    """Forget a form. Models that were converted with it go on to work.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = form if isinstance(form, str) else form.name
+    if name not in _forms:
+        raise ValueError(f"no attention form {name!r}; there are {', '.join(_forms)}")
+    del _forms[name]
+    _name_functions()
 
 
 def form_names() -> list[str]:

@@ -462,6 +462,7 @@ def locate(capture: Capture, batch: int) -> list[Site]:
             continue
         site.layout = replace(layout, update=is_update)
         asking = _query_reason(core, site.stream, layout, finder, batch)
+        asking = asking or core.form.refusal(core.output)
         if asking is not None:
             site.refuse(asking)
         elif layout.grid[0] * layout.grid[1] < 4:

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import _symbolic_trace
+
+from dgefx.passes.ops import own_functions, own_name
 
 #: (attribute, value) -> what the reader gets
 Read = Callable[[str, Any], Any]
@@ -82,18 +87,39 @@ def watched_modules(root: nn.Module, call: CallModule, read: Read) -> Iterator[N
                 module.__dict__[name] = held
 
 
-def _functions(root: nn.Module, opaque: bool) -> Iterator[tuple[dict[str, Any], str]]:
+Found = Iterator[tuple[dict[str, Any], str]]
+
+
+def _functions(root: nn.Module, opaque: bool) -> Found:
     """(namespace, name) of the functions that become nodes where they are given a proxy."""
     for (_, name), scope in list(_symbolic_trace._wrapped_fns_to_patch.items()):
         if opaque or str(scope.get("__name__")).split(".")[0] == "torch":
             yield scope, name
-    scopes = {id(vars(math)): vars(math)}
-    for module in root.modules():
-        scope = getattr(type(module).forward, "__globals__", {})
-        scopes[id(scope)] = scope
-    for scope in scopes.values():
+    for scope in (vars(math), *_globals(root)):
         for name, value in list(scope.items()):
             if not name.startswith("_") and callable(value) and id(value) in _MATH:
+                yield scope, name
+    yield from _own_functions(root)
+
+
+def _globals(root: nn.Module) -> list[dict[str, Any]]:
+    """What the code of a model's modules finds by its name."""
+    scopes = (getattr(type(module).forward, "__globals__", {}) for module in root.modules())
+    return list({id(scope): scope for scope in scopes}.values())
+
+
+def _own_functions(root: nn.Module) -> Found:
+    """Where functions that are operations of their own (`passes.ops.set_own_names`) are found:
+    under their names in any module, under any name in the code and the attributes of `root`."""
+    names = own_functions()
+    if not names:
+        return
+    for imported in list(sys.modules.values()):
+        scope = getattr(imported, "__dict__", {})
+        yield from ((scope, name) for name in names if own_name(scope.get(name)) is not None)
+    for scope in (*_globals(root), *map(vars, root.modules())):
+        for name, value in list(scope.items()):
+            if callable(value) and own_name(value) is not None:
                 yield scope, name
 
 
@@ -106,17 +132,25 @@ def _no_compilation() -> Iterator[None]:
         yield
 
 
+_ORIGINAL = "_dgefx_original"
+
+
+def original(value: Any) -> Any:
+    """What was replaced by a value, or the value itself."""
+    return getattr(value, _ORIGINAL, value) if callable(value) else value
+
+
 @contextlib.contextmanager
-def wrapped_functions(root: nn.Module, opaque: bool) -> Iterator[None]:
-    """While active, functions of `math` are nodes where they are given a proxy, and functions that
-    users marked with `torch.fx.wrap` are if `opaque`; else these are traced through."""
+def _replaced(found: Found, wrapper: Callable[[Any], Any]) -> Iterator[None]:
+    """While active, functions are replaced where everybody finds them."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
     with _one_trace_at_a_time, _no_compilation():
         try:
-            for scope, name in list(_functions(root, opaque)):
+            for (_, name), scope in {(id(scope), name): scope for scope, name in found}.items():
                 function = scope[name] if name in scope else getattr(builtins, name)
                 kept.append((scope, name, scope.get(name)))
-                scope[name] = _symbolic_trace._create_wrapped_func(function)
+                scope[name] = wrapper(function)
+                setattr(scope[name], _ORIGINAL, function)
             yield
         finally:
             for scope, name, function in reversed(kept):
@@ -124,3 +158,28 @@ def wrapped_functions(root: nn.Module, opaque: bool) -> Iterator[None]:
                     del scope[name]
                 else:
                     scope[name] = function
+
+
+def wrapped_functions(root: nn.Module, opaque: bool) -> AbstractContextManager[None]:
+    """While active, functions of `math` and those that are operations of their own are nodes where
+    they are given a proxy, and functions that users marked with `torch.fx.wrap` are if `opaque`;
+    else these are traced through."""
+    return _replaced(_functions(root, opaque), _symbolic_trace._create_wrapped_func)
+
+
+def seen_functions(root: nn.Module) -> AbstractContextManager[None]:
+    """While active, a `TorchFunctionMode` sees the functions that are operations of their own."""
+    if not own_functions():
+        return contextlib.nullcontext()
+    return _replaced(_own_functions(root), _seen_by_modes)
+
+
+def _seen_by_modes(function: Any) -> Any:
+    @functools.wraps(function)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if torch.overrides.has_torch_function(tensors):
+            return torch.overrides.handle_torch_function(function, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return seen

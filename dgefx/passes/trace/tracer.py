@@ -34,7 +34,7 @@ from dgefx.passes.trace.attributes import Attributes, containers, told_sizes, wa
 from dgefx.passes.trace.calls import Calls, autocast_state
 from dgefx.passes.trace.decisions import Decisions, has_shape_of_data
 from dgefx.passes.trace.einops_proxies import know_proxies
-from dgefx.passes.trace.interception import watched_modules, wrapped_functions
+from dgefx.passes.trace.interception import original, watched_modules, wrapped_functions
 from dgefx.passes.trace.mutation import (
     AUGMENTED,
     Change,
@@ -824,7 +824,7 @@ def _trace_copy(
         tracer.apart(),
         tracer.entered,
         {
-            (module, name): value
+            (module, name): original(value)
             for (module, name), value in attributes.reads.items()
             # what a drop path reads in eval mode decides nothing
             if name == "training" or module not in tracer.entered or module in tracer.busy
