@@ -17,6 +17,13 @@ from torch import Tensor
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def clone_call(call: Call) -> Call:
+    """The same call on copies of its tensors, without gradients: a model may change its input in
+    place."""
+    cloned: Call = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call)
+    return cloned
+
+
 def tensors_in(output: Any) -> list[Tensor]:
     """The tensors of any output, in order: tuples, dicts, transformers' outputs, dataclasses and
     named containers in any nesting."""

@@ -21,7 +21,8 @@ import dgefx
 from dgefx.coverage.cases import Case
 from dgefx.coverage.softmaxes import softmax_modules, unseen
 from dgefx.coverage.verdict import rightly_refused
-from dgefx.passes.frontends.inputs import clone_call, given_call
+from dgefx.outputs import clone_call
+from dgefx.passes.frontends.inputs import given_call
 from dgefx.precision import in_float64
 from dgefx.report import BlockReport, Report
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dgefx.outputs import Call, tensors_in
+from dgefx.outputs import Call, clone_call, tensors_in
 from dgefx.passes.trace.interception import seen_functions
 
 
@@ -170,26 +170,22 @@ def _module_frames(
 ) -> Iterator[None]:
     """Keeps the recorder's stack of running modules, and notes how often they run and what
     modules with several results return."""
-    handles = []
-    for name, module in model.named_modules():
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
 
-        def enter(_m: nn.Module, _a: Any, name: str = name) -> None:
-            recorder.stack.append(name)
-            frames[name] = frames.get(name, 0) + 1
+            def enter(_m: nn.Module, _a: Any, name: str = name) -> None:
+                recorder.stack.append(name)
+                frames[name] = frames.get(name, 0) + 1
 
-        def leave(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
-            recorder.stack.pop()
-            if not isinstance(output, Tensor):
-                nodes = (recorder.nodes.get(tensor) for tensor in tensors_in(output))
-                results[name] = [node for node in nodes if node is not None]
+            def leave(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
+                recorder.stack.pop()
+                if not isinstance(output, Tensor):
+                    nodes = (recorder.nodes.get(tensor) for tensor in tensors_in(output))
+                    results[name] = [node for node in nodes if node is not None]
 
-        handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
+            hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
+            hooks.enter_context(module.register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def capture(
@@ -223,22 +219,16 @@ def capture(
 def recording(model: nn.Module, names: set[str]) -> Iterator[dict[str, Call]]:
     """The (cloned) arguments with which each named module is first called while `model` runs."""
     calls: dict[str, Call] = {}
-    handles = []
+    with contextlib.ExitStack() as hooks:
+        for name in names:
 
-    def clone(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) else value
+            def keep(_m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                if name not in calls:
+                    calls[name] = clone_call((args, kwargs))
 
-    for name in names:
-
-        def keep(_m: nn.Module, a: Any, k: Any, name: str = name) -> None:
-            calls.setdefault(name, pytree.tree_map(clone, (a, k)))
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
-    try:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -247,21 +237,17 @@ def idle_modules(model: nn.Module) -> Iterator[set[str]]:
     mode); known when the context ends."""
     idle: dict[str, bool] = {}
     found: set[str] = set()
-    handles = []
-    for name, module in model.named_modules():
-        if next(module.children(), None) is not None:  # modules may refuse len()
-            continue
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if next(module.children(), None) is not None:  # modules may refuse len()
+                continue
 
-        def note(_m: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            idle[name] = idle.get(name, True) and bool(args) and output is args[0]
+            def note(_m: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                idle[name] = idle.get(name, True) and bool(args) and output is args[0]
 
-        handles.append(module.register_forward_hook(note))
-    try:
+            hooks.enter_context(module.register_forward_hook(note))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-        found.update(name for name, only in idle.items() if only)
+    found.update(name for name, only in idle.items() if only)
 
 
 def record_calls(

@@ -55,20 +55,16 @@ def outline(model: nn.Module, call: Call) -> list[Extraction]:
     names = [name for name, m in model.named_modules() if isinstance(m, fx.GraphModule)]
     calls = record_calls(model, set(names), *call) if names else {}
     found = []
-    for name in names:
-        if name not in calls:
-            continue
+    for name, given in calls.items():
         module = model.get_submodule(name)
         assert isinstance(module, fx.GraphModule)
-        kept = copy.deepcopy(module.graph)
-        _prepare(module)
-        regions = tuple(find_graph_blocks(module, calls[name]))
-        module.graph = kept
-        if not regions:
-            continue
-        fresh = (f"dge_block_{i}" for i in range(len(regions)))
-        places = tuple(region.path or next(fresh) for region in regions)
-        found.append(Extraction(name, regions, places))
+        copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+        _prepare(copied)
+        regions = tuple(find_graph_blocks(copied, given))
+        if regions:
+            fresh = (f"dge_block_{i}" for i in range(len(regions)))
+            places = tuple(region.path or next(fresh) for region in regions)
+            found.append(Extraction(name, regions, places))
     apply_extractions(model, found)
     return found
 
@@ -105,7 +101,7 @@ def restore(model: nn.Module) -> None:
 
 def _prepare(module: fx.GraphModule) -> None:
     """Before regions are looked for, and again before they are cut out."""
-    lower_aten(module)
+    lower_aten(module.graph)
     # what a tracer leaves of `B, N, C = x.shape` and `x, _ = attention(x)`: read by nothing, it
     # would count as a reader of the block's insides. Anything else may have effects
     for node in reversed(module.graph.nodes):

@@ -1,28 +1,29 @@
 """Which nodes of a flat `fx.Graph` are a block: from a residual stream to its last update.
 
-The cores and residual adds are those of `passes.locate.sites`, found on a capture of the graph
-module whose operations are known by the node that made them. A block begins at its core's stream
-and ends at the last residual add (the MLP's) before another core reads on; what is computed from
-the stream in between is its body. `passes.frontends.block_extraction` makes modules of what is
-found here.
+Residual adds around attention are found by `passes.locate.sites`, on a capture of the graph module
+in which every operation is known by the node that made it. The block goes on from there, to the
+last value of the stream's shape that uses more of the block's container, or adds an update to the
+stream, before another attention reads on. `passes.frontends.block_extraction` makes modules of the
+blocks.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import networkx as nx
-from torch import fx
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
 
 from dgefx.outputs import Call
-from dgefx.passes.attention.core import AttentionCore
 from dgefx.passes.attention.registry import find_cores
-from dgefx.passes.capture import example_of
-from dgefx.passes.frontends.node_values import watch
+from dgefx.passes.capture import Recorder, capture, example_of
 from dgefx.passes.locate.sites import Residual, _Residuals
-from dgefx.passes.ops import MOVEMENT, op_name
+from dgefx.passes.ops import op_name
+from dgefx.passes.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,48 @@ class GraphBlock:
     inputs: tuple[int, ...]
     body: tuple[int, ...]
     output: int
+
+
+@dataclass
+class _Observed:
+    """One run of a graph module, on its nodes by index.
+
+    graph: the capture. makers: the node that ran when an operation was captured. holders: the nodes
+    whose value a captured one is; several where modules hand through what they get. tensors: the
+    nodes that give tensors; shapes: of those that give one.
+    """
+
+    graph: fx.Graph
+    makers: dict[fx.Node, int] = field(default_factory=dict)
+    holders: dict[fx.Node, list[int]] = field(default_factory=dict)
+    tensors: set[int] = field(default_factory=set)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+def _observe(module: fx.GraphModule, call: Call) -> _Observed:
+    """Run a copy of the graph that tells the value of every node, under any calling convention."""
+    recorder = Recorder(module)
+    seen = _Observed(recorder.graph)
+
+    def tell(index: int, value: Any) -> None:
+        for node in reversed(recorder.graph.nodes):
+            if node in seen.makers:
+                break
+            seen.makers[node] = index
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            seen.tensors.add(index)
+        if isinstance(value, Tensor):
+            seen.holders.setdefault(recorder.node_of(value), []).append(index)
+            seen.shapes[index] = tuple(value.shape)
+
+    graph = copy.deepcopy(module.graph)
+    nodes = list(graph.nodes)
+    first = next(node for node in nodes if node.op != "placeholder")
+    for index, node in enumerate(nodes[:-1]):
+        with graph.inserting_before(first if node.op == "placeholder" else node.next):
+            graph.call_function(tell, (index, node))
+    capture(fx.GraphModule(module, graph).eval(), *call, recorder=recorder)
+    return seen
 
 
 def common_path(names: set[str]) -> str:
@@ -55,71 +98,65 @@ def holds(path: str, name: str) -> bool:
     return bool(path) and name.startswith(f"{path}.")
 
 
-@dataclass(frozen=True)
-class _Start:
-    """A core's residual, and the nodes of the graph that are its stream and its add."""
-
-    residual: Residual
-    stream: int
-    add: int
-
-
 class _Finder:
     """Finds the blocks of one graph module."""
 
     def __init__(self, module: fx.GraphModule, call: Call) -> None:
+        self.module = module
         self.nodes: list[fx.Node] = list(module.graph.nodes)
         index = {node: i for i, node in enumerate(self.nodes)}
+        self.sources = [[index[source] for source in n.all_input_nodes] for n in self.nodes]
+        self.readers = [{index[user] for user in n.users} for n in self.nodes]
+        #: what uses a module, parameter or buffer, by its name
+        self.users: dict[str, set[int]] = {}
+        for i in range(len(self.nodes)):
+            if name := self._name(i):
+                self.users.setdefault(name, set()).update(self.readers[i])
+        self.seen = _observe(module, call)
+        #: the tensors that depend on the inputs, and the output
         self.flow = nx.DiGraph()
-        self.flow.add_nodes_from(range(len(self.nodes)))
-        self.flow.add_edges_from(
-            (index[source], i) for i, n in enumerate(self.nodes) for source in n.all_input_nodes
-        )
-        inputs = [i for i, n in enumerate(self.nodes) if n.op == "placeholder"]
-        fed = set(inputs).union(*(nx.descendants(self.flow, i) for i in inputs))
-        #: what depends on parameters and constants alone
-        self.constant = set(range(len(self.nodes))) - fed
-        self.watched = watch(module, call)
-        self.residuals = _Residuals(self.watched.capture.graph)
-        self.cores = find_cores(self.watched.capture.graph, example_of)
+        sink, fed = len(self.nodes) - 1, set[int]()
+        for i, node in enumerate(self.nodes):
+            given = fed.intersection(self.sources[i])
+            if given or node.op == "placeholder":
+                fed.add(i)
+                if i in self.seen.tensors or i == sink:
+                    self.flow.add_node(i)
+                    self.flow.add_edges_from((s, i) for s in given if s in self.flow)
+        alive = nx.ancestors(self.flow, sink) | {sink}
+        backwards = self.flow.subgraph(alive).reverse(copy=False)
+        self.following: dict[int, int] = nx.immediate_dominators(backwards, sink)
 
     def find(self) -> list[GraphBlock]:
         """The graph's blocks, in order, without a node in common."""
-        found: dict[AttentionCore, _Start] = {}
-        for core in self.cores:
-            residual = self.residuals.around(core)
-            if isinstance(residual, Residual) and self._at_root(residual.add):
-                add = self._first(residual.add)
-                stream = None if add is None else self._stream(residual.stream, add)
-                if add is not None and stream is not None:
-                    found[core] = _Start(residual, stream, add)
-        regions: list[GraphBlock] = []
+        residuals = _Residuals(self.seen.graph)
+        cores = find_cores(self.seen.graph, example_of)
+        starts = [self._start(residuals.around(core)) for core in cores]
+        names = {start: self._names(self._body(*start)) for start in starts if start is not None}
+        attentions = {self.seen.makers[core.output] for core in cores} & set(self.flow)
+        blocks: list[GraphBlock] = []
         taken: set[int] = set()
-        own = {core: self._names(self._body(s.stream, s.add)) for core, s in found.items()}
-        for core, start in found.items():
-            others = set().union(*own.values()) - own[core]
-            region = self._region(start, own[core], others)
-            if region is not None and not taken & set(region.body):
-                regions.append(region)
-                taken |= set(region.body)
-        return self._placed(regions)
+        for (stream, add), own in names.items():
+            others = set().union(*names.values()) - own
+            end = self._end(stream, add, own, others, attentions)
+            block = self._closed(stream, self._body(stream, end), end)
+            if block is not None and not taken & set(block.body):
+                blocks.append(block)
+                taken |= set(block.body)
+        return self._placed(blocks)
 
-    def _at_root(self, node: fx.Node) -> bool:
-        """Whether an operation is a node of this graph, not of a module that it calls."""
-        return len(node.meta["stack"]) == 1
-
-    def _first(self, node: fx.Node) -> int | None:
-        """The first node of the graph that has a captured value."""
-        return min(self.watched.value_of.get(node, ()), default=None)
-
-    def _stream(self, node: fx.Node, add: int) -> int | None:
-        """The last one with the value of a stream that leads to `add` by itself."""
-        same = self.watched.value_of.get(node, [])
-        for index in reversed(same):
-            body = self._body(index, add)
-            read = {source for i in body for source in self.flow.predecessors(i)}
-            if index in read and not read & set(same) - body - {index}:
-                return index
+    def _start(self, residual: Residual | Reason) -> tuple[int, int] | None:
+        """(the stream's last node that leads to its add by itself, the add), if both are nodes of
+        this graph, not of a module that it calls."""
+        if not isinstance(residual, Residual):
+            return None
+        add = self.seen.makers[residual.add]
+        same = [i for i in self.seen.holders.get(residual.stream, ()) if i in self.flow]
+        for stream in reversed(same):
+            body = self._body(stream, add)
+            read = {source for i in body for source in self.sources[i]}
+            if stream in read and not read & set(same) - body - {stream}:
+                return None if self.nodes[add].op == "call_module" else (stream, add)
         return None
 
     def _name(self, index: int) -> str | None:
@@ -130,117 +167,73 @@ class _Finder:
     def _names(self, body: set[int]) -> set[str]:
         return {name for i in body if (name := self._name(i)) is not None}
 
-    # -- extent ------------------------------------------------------------------------------
-
     def _body(self, stream: int, output: int) -> set[int]:
-        """Nodes from `stream` (without it) to `output`, and constants that only they read."""
-        after = nx.descendants(self.flow, stream)
-        body = (nx.ancestors(self.flow, output) & after) | {output}
-        outside = {i for i in range(len(self.nodes)) if i not in body}
-        front = list(body)
-        while front:
-            for source in self.flow.predecessors(front.pop()):
-                if source in body or source not in self.constant:
+        """Nodes from `stream` (without it) to `output`, and the sizes and constants that only they
+        read: what others read too, a shared position table, stays where it is."""
+        between = nx.ancestors(self.flow, output) & nx.descendants(self.flow, stream)
+        body = between | {output}
+        waiting = list(body)
+        while waiting:
+            for source in self.sources[waiting.pop()]:
+                if source in body or source in self.flow:
                     continue
-                # what others read too, a shared position table, stays where it is
                 name = self._name(source)
-                alone = set(self.flow.successors(source)) <= body
-                if alone and not any(name and self._name(i) == name for i in outside - {source}):
+                if (self.users[name] if name else self.readers[source]) <= body:
                     body.add(source)
-                    outside.discard(source)
-                    front.append(source)
+                    waiting.append(source)
         return body
 
-    def _ends(self, residual: Residual) -> Iterator[fx.Node]:
-        """What every way from the residual add passes, until another core joins in."""
-        digraph = self.residuals.digraph
-        before = nx.ancestors(digraph, residual.add)
-        foreign = {c.output for c in self.cores} - before
-        foreign = foreign.union(*(nx.descendants(digraph, node) for node in foreign))
-        node: object = self.residuals.post.get(residual.add)
-        while isinstance(node, fx.Node) and node not in foreign:
-            yield node
-            following = self.residuals.post.get(node)
-            if following is node:
-                return
-            node = following
-
-    def _region(self, start: _Start, own: set[str], others: set[str]) -> GraphBlock | None:
-        """The block around a core.
+    def _end(
+        self, stream: int, add: int, own: set[str], others: set[str], attentions: set[int]
+    ) -> int:
+        """The last node of a block, of those that every way from its first add passes.
 
         Args:
-            own: names used up to the residual add. others: those that other cores' blocks use.
+            own: names used up to the add. others: those that other blocks use up to theirs.
+            attentions: nodes that attend.
         """
-        residual, stream, end = start.residual, start.stream, start.add
-        shape = residual.stream.meta["shape"]
-        after = nx.descendants(self.residuals.digraph, residual.stream) | {residual.stream}
-        names, away = own, False  # away: the last update was added in another layout
-        for node in self._ends(residual):
-            place = self._first(node)
-            if math.prod(node.meta.get("shape", (0,))) != math.prod(shape):
+        shapes = self.seen.shapes
+        after = nx.descendants(self.flow, stream) | {stream}
+        foreign = attentions - nx.ancestors(self.flow, add)
+        foreign = foreign.union(*(nx.descendants(self.flow, node) for node in foreign))
+        end, names, node = add, own, add
+        while (node := self.following.get(node, -1)) not in foreign and node in shapes:
+            if math.prod(shapes[node]) != math.prod(shapes[stream]):
                 break
-            if place is None:
-                continue
-            sources = node.all_input_nodes
-            updates = op_name(node) == "add" and len(sources) == 2 and set(sources) <= after
-            used = self._names(self._body(stream, place))
-            if updates and not _together(own, used, others):
-                break
-            in_place = node.meta["shape"] == shape
-            back = away and op_name(node) in MOVEMENT
-            # of a post-norm block, its last norm
-            part = common_path(names)
-            follows = used > names and all(holds(part, name) for name in used - names)
-            if updates:
-                names, away = used, not in_place
-            if in_place and (updates or back or follows):
-                end, names, away = place, used, False
-        return self._closed(stream, self._body(stream, end), end)
+            used = self._names(self._body(stream, node))
+            part, whole = common_path(names), common_path(used)
+            added = set(self.flow.predecessors(node))
+            if op_name(self.nodes[node], self.module) == "add" and len(added & after) == 2:
+                apart = bool(whole) and not any(holds(whole, name) for name in others)
+                if part != whole and not apart:
+                    break
+            elif not all(holds(part, name) for name in used - names):
+                continue  # of a post-norm block, its last norm
+            if used > names and shapes[node] == shapes[stream]:
+                end, names = node, used
+        return end
 
     def _closed(self, stream: int, body: set[int], end: int) -> GraphBlock | None:
-        """The region of a body, if it hands out nothing but its end.
-
-        Sizes of the stream that others read as well are computed outside and come in as inputs.
-        """
-        body = body - self._shared_sizes(body)
-        if any(not set(self.flow.successors(i)) <= body for i in body - {end}):
-            return None
-        read = {source for i in body for source in self.flow.predecessors(i)} - body
-        if stream not in read:
+        """The block of a body, if it hands out nothing but its end."""
+        read = {source for i in body for source in self.sources[i]} - body
+        if stream not in read or any(not self.readers[i] <= body for i in body - {end}):
             return None
         inputs = (stream, *sorted(read - {stream}))
         return GraphBlock(common_path(self._names(body)), inputs, tuple(sorted(body)), end)
 
-    def _shared_sizes(self, body: set[int]) -> set[int]:
-        """Nodes of a body that compute sizes of the stream which are read outside too."""
-        sizes: set[int] = set()
-        for i in sorted(body):
-            if i not in self.watched.tensors and set(self.flow.predecessors(i)) <= sizes | (
-                set(self.flow) - body
-            ):
-                sizes.add(i)
-        shared = {i for i in sizes if not set(self.flow.successors(i)) <= body}
-        return shared.union(*(nx.ancestors(self.flow, i) & sizes for i in shared))
-
-    def _placed(self, regions: list[GraphBlock]) -> list[GraphBlock]:
-        """Regions that share a container, or whose container is called itself, get none."""
+    def _placed(self, blocks: list[GraphBlock]) -> list[GraphBlock]:
+        """Blocks that share a container, or whose container is called itself, get none."""
         called = {str(n.target) for n in self.nodes if n.op == "call_module"}
         placed = []
-        for region in regions:
-            path = region.path
-            rivals = {other.path for other in regions if other is not region} | called
+        for block in blocks:
+            path = block.path
+            rivals = {other.path for other in blocks if other is not block} | called
             shared = any(
                 path == rival or (holds(path, rival) and rival not in called) or holds(rival, path)
                 for rival in rivals
             )
-            placed.append(replace(region, path="") if shared else region)
+            placed.append(replace(block, path="") if shared else block)
         return placed
-
-
-def _together(own: set[str], used: set[str], others: set[str]) -> bool:
-    """Whether what a block would use lies together, apart from what other blocks use."""
-    part, whole = common_path(own), common_path(used)
-    return part == whole or (bool(whole) and not any(holds(whole, name) for name in others))
 
 
 def find_graph_blocks(module: fx.GraphModule, call: Call) -> list[GraphBlock]:

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dgefx.ambient import working_dtype
-from dgefx.outputs import Call
+from dgefx.outputs import Call, clone_call
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
@@ -114,12 +114,6 @@ def _detached(call: Call) -> Call:
 
     cleaned: Call = pytree.tree_map(clean, call)
     return cleaned
-
-
-def clone_call(call: Call) -> Call:
-    """The same call on copies of its tensors: a model may change its input in place."""
-    cloned: Call = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, call)
-    return cloned
 
 
 def run_example(model: nn.Module, call: Call) -> Any:
