@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("tab:red", "tab:orange", "tab:cyan", "tab:blue", "tab:purple")  # finest first
+DEFAULT_BLOCKS = 4  # columns of `plot_granularity`
 
 
 @torch.no_grad()
@@ -61,15 +62,17 @@ def granularity_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
     Raises:
         TypeError, ValueError: not a converted model, or no batch of images.
     """
-    maps = {}
-    for name, routing in _routings(model, images, "granularity_maps").items():
-        sides = torch.tensor(routing.granularities)
-        levels = routing.levels.cpu()
-        cells = side_counts(routing.grid, routing.region)
-        if routing.windows is not None:
-            levels, cells = levels[:, routing.token_region.cpu()], routing.grid
-        maps[name] = sides[levels].unflatten(1, cells)
-    return maps
+    routings = _routings(model, images, "granularity_maps")
+    return {name: _sides(routing) for name, routing in routings.items()}
+
+
+def _sides(routing: Routing) -> Tensor:
+    """A block's map, see `granularity_maps`."""
+    levels = routing.levels.cpu()
+    cells = side_counts(routing.grid, routing.region)
+    if routing.windows is not None:
+        levels, cells = levels[:, routing.token_region.cpu()], routing.grid
+    return torch.tensor(routing.granularities)[levels].unflatten(1, cells)
 
 
 def _patches(sides: Tensor, routing: Routing) -> list[tuple[int, int, int, int, int]]:
@@ -122,14 +125,26 @@ def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
     return shown.clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
 
 
-def _spread(routings: Mapping[str, Routing], count: int) -> list[str]:
-    """At most `count` blocks, spread over the depth, those that mix granularities first."""
-    mixed = [n for n, r in routings.items() if int(r.levels.min()) != int(r.levels.max())]
-    others = [n for n in routings if n not in mixed]
-    wanted = min(count, len(mixed))
-    picked = [mixed[round(i * (len(mixed) - 1) / max(wanted - 1, 1))] for i in range(wanted)]
-    picked += others[: count - wanted]
-    return [name for name in routings if name in picked]
+def _mixing(sides: Tensor) -> float:
+    """How much a block's map (B, rows, columns) mixes granularities: the entropy of the shares
+    that they have of an image, in nats, as mean over the images. 0 where every image has one."""
+    shares = torch.stack([(sides == side).flatten(1).double().mean(1) for side in sides.unique()])
+    return float(torch.special.entr(shares).sum(0).mean())
+
+
+def _most_mixed(maps: Mapping[str, Tensor], count: int | None) -> list[str]:
+    """The `count` blocks that mix granularities most, in the order they run; where fewer mix them
+    at all, others, spread over the depth, make up the number. Without a `count`: up to
+    `DEFAULT_BLOCKS`, and others only where no block mixes."""
+    mixing = {name: value for name, sides in maps.items() if (value := _mixing(sides)) > 0}
+    if count is None:
+        count = min(DEFAULT_BLOCKS, len(mixing) or DEFAULT_BLOCKS)
+    chosen = sorted(mixing, key=lambda name: mixing[name], reverse=True)[:count]
+    others = [name for name in maps if name not in mixing]
+    missing = min(count - len(chosen), len(others))
+    last = len(others) - 1
+    chosen += [others[round(i * last / max(missing - 1, 1))] for i in range(missing)]
+    return [name for name in maps if name in chosen]
 
 
 def _draw_map(axes: Axes, picture: Tensor, sides: Tensor, routing: Routing, image: int) -> None:
@@ -157,7 +172,7 @@ def plot_granularity(
     model: nn.Module,
     images: Any,
     *,
-    blocks: int | Sequence[str] = 4,
+    blocks: int | Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Figure:
@@ -166,7 +181,10 @@ def plot_granularity(
     Args:
         model: converted.
         images: one batch, see `granularity_maps`; drawn from its first tensor, (B, C, H, W).
-        blocks: how many blocks to show, spread over the depth, or their names.
+        blocks: names of the blocks to show, or how many: those that mix granularities most over
+            these images, in the order they run. The default is up to four that mix at all; blocks
+            with one granularity everywhere are shown only where a number asks for more, or where
+            all blocks are such, spread over the depth.
         mean, std: of the normalisation, to be undone for showing; without them every image is
             stretched to the full range.
 
@@ -182,15 +200,16 @@ def plot_granularity(
     from matplotlib.patches import Patch
 
     routings = _routings(model, images, "plot_granularity")
-    maps = granularity_maps(model, images)
-    names = _spread(routings, blocks) if isinstance(blocks, int) else list(blocks)
+    maps = {name: _sides(routing) for name, routing in routings.items()}
+    names = _most_mixed(maps, blocks) if isinstance(blocks, int | None) else list(blocks)
     if unknown := sorted(set(names) - set(routings)):
         raise ValueError(f"blocks {unknown} are not converted blocks; there are {list(routings)}")
     target = unwrap(model)
     example = ExampleCall(example_of(target, conversion_record(target)), target)
     pictures = _pixels(one_batch(images, example)[example.first], mean, std)
     columns = 1 + len(names)
-    figure = Figure(figsize=(2.2 * columns, 2.2 * len(pictures) + 0.9), layout="constrained")
+    row_height = 2.2 * pictures.shape[1] / pictures.shape[2]
+    figure = Figure(figsize=(2.2 * columns, row_height * len(pictures) + 0.9), layout="constrained")
     axes: Any = figure.subplots(len(pictures), columns, squeeze=False)
     for row, picture in enumerate(pictures):
         axes[row, 0].imshow(picture.numpy())

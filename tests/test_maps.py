@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dgefx
+from dgefx.maps import _most_mixed
 from tests.helpers import TinyViT, images
 
 X = images(3, 56)  # 14 x 14 tokens: clipped at every level
@@ -43,6 +45,7 @@ def test_pictures(model: nn.Module, tmp_path: Path) -> None:
     figure.savefig(tmp_path / "maps.png")
     uniform = dgefx.set_budget(copy.deepcopy(model), 1.0)  # no block mixes: shown all the same
     assert len(dgefx.plot_granularity(uniform, X[:2], blocks=2).axes) == 2 * 3
+    assert len(dgefx.plot_granularity(uniform, X[:1]).axes) == 1 + 3
     dgefx.plot_granularity(model, X[:1], blocks=["blocks.2"], mean=(0.5,) * 3, std=(0.2,) * 3)
     with pytest.raises(ValueError, match=r"blocks \['head'\] are not converted"):
         dgefx.plot_granularity(model, X, blocks=["head"])
@@ -56,6 +59,45 @@ def test_pictures(model: nn.Module, tmp_path: Path) -> None:
         dgefx.granularity_maps(model, [X[:1], X[1:]])
     with pytest.raises(ValueError, match="has shape"):
         dgefx.granularity_maps(model, X[0, 0])
+
+
+def shown(figure: Any) -> list[str]:
+    return [axis.get_title().split("\n")[0] for axis in figure.axes[1:] if axis.get_title()]
+
+
+def test_blocks_that_mix_most_are_shown() -> None:
+    def sides(*rows: str) -> Tensor:  # one image per string
+        return torch.tensor([[[int(side) for side in row]] for row in rows])
+
+    maps = {
+        "fine": sides("11111111", "11111111"),
+        "barely": sides("11111112", "11111111"),
+        "halves": sides("11114444", "44442222"),
+        "one level per image": sides("11111111", "44444444"),
+        "all three": sides("11122444", "42424211"),
+    }
+    assert _most_mixed(maps, 1) == ["all three"]
+    assert _most_mixed(maps, 2) == ["halves", "all three"]
+    assert _most_mixed(maps, None) == ["barely", "halves", "all three"]  # no uniform block
+    assert _most_mixed(maps, 4) == ["fine", "barely", "halves", "all three"]
+    many = {f"{name} {i}": sides for i in range(2) for name, sides in maps.items()}
+    assert _most_mixed(many, None) == ["halves 0", "all three 0", "halves 1", "all three 1"]
+    uniform = {str(i): maps["fine"] for i in range(7)}
+    assert _most_mixed(uniform, None) == ["0", "2", "4", "6"]
+    assert _most_mixed(uniform, 3) == ["0", "3", "6"]
+    assert _most_mixed(uniform, 1) == ["0"] and _most_mixed(uniform, 9) == list(uniform)
+
+
+def test_blocks_with_one_level_are_not_shown_first() -> None:
+    dense = TinyViT(dim=32, depth=7).eval()
+    model = dgefx.convert(dense, 0.5, example_inputs=X[:2])  # shares guessed from depth
+    mixed = [n for n, m in dgefx.granularity_maps(model, X[:1]).items() if len(m.unique()) > 1]
+    assert 0 < len(mixed) < 7
+    default = shown(dgefx.plot_granularity(model, X[:1]))
+    assert len(default) == min(4, len(mixed)) and set(default) <= set(mixed)
+    assert set(mixed) <= set(shown(dgefx.plot_granularity(model, X[:1], blocks=len(mixed) + 1)))
+    named = ["blocks.6", "blocks.0"]  # those named are shown, as they are and in this order
+    assert shown(dgefx.plot_granularity(model, X[:1], blocks=named)) == named
 
 
 def test_drawn_patches_tile_the_image(model: nn.Module) -> None:

@@ -28,8 +28,8 @@ _AGAIN = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BYPASSED = (
     "dgefx: a hook on {} does not run: the converted block computes this module's part for "
-    "queries and for keys and values apart. Hook the block, or the layers inside that README "
-    "names; or convert with filter_fn leaving the block dense"
+    "queries and for keys and values apart. Hook the block, or the layers inside that "
+    "docs/keeps.md names; or convert with filter_fn leaving the block dense"
 )
 _DOUBLED = (
     "dgefx: a hook on {} runs twice in every call of the converted block, for the tokens that keys "
