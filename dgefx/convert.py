@@ -19,11 +19,12 @@ from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
 from dgefx.nn.grid_shape import GridShape
 from dgefx.nn.image_hook import unwatch_images
+from dgefx.nn.module_tree import put
 from dgefx.passes.frontends.block_extraction import apply_extractions, restore
 from dgefx.passes.frontends.exported import as_module, exported_inputs
 from dgefx.passes.frontends.model import check_model
 from dgefx.passes.pipeline import Analysis, FilterFn, analyse
-from dgefx.passes.plan.install import install, put
+from dgefx.passes.plan.install import install
 from dgefx.record import (
     Record,
     check_unsharded,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dgefx.passes.diagnosis.reason_lines import alike, named, told
+from dgefx.reason_lines import alike, named, told
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from dgefx.nn.capacity import Plan
 from dgefx.outputs import Call, output_tensors
 from dgefx.passes.attention.registry import form_names
 from dgefx.passes.capture import capture, idle_modules, recording
-from dgefx.passes.diagnosis.reason_lines import reason_lines
 from dgefx.passes.diagnosis.unequal import why_unequal
 from dgefx.passes.errors import Refused, TraceError
 from dgefx.passes.frontends.block_extraction import Extraction, outline
@@ -49,6 +48,7 @@ from dgefx.passes.reasons import KINDS, Reason, advice_lines
 from dgefx.passes.stage_log import log_stage
 from dgefx.passes.user_code import own_code_fails
 from dgefx.precision import floating_type, full_float32
+from dgefx.reason_lines import reason_lines
 from dgefx.report import BlockReport, Report
 
 FilterFn = Callable[[nn.Module, str], bool]

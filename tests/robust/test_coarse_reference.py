@@ -112,7 +112,7 @@ def _reasons(family: str, config: DGEConfig | None = None) -> list[str | None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_comparison_runs_and_passes(family: str) -> None:
-    from dgefx.passes.plan.coarse_reference import CoarseReference
+    from dgefx.passes.emit.coarse_reference import CoarseReference
 
     run = CoarseReference.run
     with mock.patch.object(CoarseReference, "run", autospec=True, side_effect=run) as spied:
@@ -122,7 +122,7 @@ def test_the_comparison_runs_and_passes(family: str) -> None:
 
 
 def test_the_comparison_covers_packed_queries() -> None:
-    from dgefx.passes.plan.coarse_reference import CoarseReference
+    from dgefx.passes.emit.coarse_reference import CoarseReference
 
     run = CoarseReference.run
     with mock.patch.object(CoarseReference, "run", autospec=True, side_effect=run) as spied:
@@ -200,7 +200,7 @@ def test_a_kernel_that_is_wrong_for_coarse_patches_is_found(family: str) -> None
 
 
 def test_blocks_of_one_structure_are_compared_once() -> None:
-    from dgefx.passes.plan.coarse_reference import CoarseReference
+    from dgefx.passes.emit.coarse_reference import CoarseReference
 
     torch.manual_seed(0)
     model = timm.create_model(

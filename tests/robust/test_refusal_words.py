@@ -19,10 +19,10 @@ import dgefx
 import dgefx.passes.plan.plan
 import dgefx.passes.trace.tracer
 from dgefx.nn.unread import Unread
-from dgefx.passes.diagnosis.reason_lines import reason_lines
 from dgefx.passes.errors import Refused
 from dgefx.passes.plan.compare import require_equal
 from dgefx.passes.reasons import KINDS
+from dgefx.reason_lines import reason_lines
 from tests.helpers import Attention, TinyViT, error, images, randomise
 
 DIM, SIDE = 16, 8

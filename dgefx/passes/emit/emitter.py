@@ -48,10 +48,10 @@ from dgefx.nn.grid_shape import remember_grid, resolve_grid
 from dgefx.nn.token_order import raster_axis, raster_tokens, stream_axis, stream_tokens
 from dgefx.nn.unread import unread
 from dgefx.nn.windows import WindowRule
+from dgefx.passes.emit.coarse_reference import CoarseReference
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import ELEMENTWISE, VIEWS, argument, map_sources, op_name
-from dgefx.passes.plan.coarse_reference import CoarseReference
 from dgefx.passes.sides.find_axes import TokenAxesFinder
 from dgefx.passes.sides.projections import FusedProjection, Part, linear_operands
 from dgefx.passes.sides.sides import Sides, block_flow, carries_tensor

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from dgefx.nn.module_tree import put
 from dgefx.nn.outlined import OutlinedBlock, container_of, hide_from_state_dict
 from dgefx.outputs import Call
 from dgefx.passes.capture import record_calls
 from dgefx.passes.frontends.aten import lower_aten
 from dgefx.passes.frontends.graph_blocks import GraphBlock, find_graph_blocks
 from dgefx.passes.ops import Op, named, op_name
-from dgefx.passes.plan.install import put
 
 _READS = named(Op.READS_SIZES)
 #: in the meta of a graph module: its graph as it was, and the names of what was outlined

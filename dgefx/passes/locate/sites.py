@@ -18,12 +18,12 @@ import networkx as nx
 from torch.fx import Graph, Node
 
 from dgefx.passes.attention.core import AttentionCore, SearchedGraph
-from dgefx.passes.attention.non_qk import non_qk_cores
 from dgefx.passes.attention.registry import form_of, search_cores
 from dgefx.passes.capture import Capture, example_of
 from dgefx.passes.diagnosis.no_layout import why_unplaced
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.grid import GridFinder
+from dgefx.passes.locate.non_qk import non_qk_cores
 from dgefx.passes.locate.repeats import Repeats
 from dgefx.passes.ops import Op, argument, named, op_name
 from dgefx.passes.reasons import KindName, Reason

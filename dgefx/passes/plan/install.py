@@ -17,6 +17,7 @@ from dgefx.nn.call_form import CallForm
 from dgefx.nn.capacity import Plan, plans
 from dgefx.nn.grid_shape import GridShape, Size
 from dgefx.nn.image_hook import ImageHook, watch_images
+from dgefx.nn.module_tree import put
 from dgefx.nn.router import Router
 from dgefx.passes.plan.plan import BlockPlan, ImageSource, kept_tensor
 from dgefx.precision import floating_type
@@ -56,15 +57,6 @@ def build_block(
     shape = grid_shape if plan.needs_grid_shape else None
     forms = (CallForm(plan.spec, plan.eval_code, plan.train_code, plan.guards), *plan.forms)
     return DGEBlock(dense, router, forms, constants, shape)
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule `name` of `model`, under every name that it has."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child, found in parent._modules.items():
-            if found is old:
-                parent._modules[child] = module
 
 
 def install(

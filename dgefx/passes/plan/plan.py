@@ -24,10 +24,10 @@ from dgefx.nn.guards import Guards
 from dgefx.nn.hierarchy import Grid
 from dgefx.nn.router_tables import space_of
 from dgefx.nn.windows import WindowRule
+from dgefx.passes.emit.coarse_reference import CoarseReference
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import op_name
-from dgefx.passes.plan.coarse_reference import CoarseReference
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache, Rewritten
 from dgefx.passes.plan.signature import description, plan_signature

@@ -4,7 +4,7 @@ Per block, on a copy with its constant parameters randomised: at the finest gran
 in train mode; at random granularities where an identity applies: on input that is constant within
 every patch, and in tokens that are their own queries; and where the first does not (tables,
 stencils, full-resolution operations), once per graph, against un-pool, operation, pool
-(`passes.plan.coarse_reference`). The whole model is compared by `passes.pipeline`. Next:
+(`passes.emit.coarse_reference`). The whole model is compared by `passes.pipeline`. Next:
 `passes.plan.verify_gradients`.
 """
 
@@ -26,9 +26,9 @@ from dgefx.nn.capacity import region_count
 from dgefx.nn.hierarchy import Grid, level_tables, nested_levels, parent_table
 from dgefx.nn.router import Router
 from dgefx.outputs import relative_error
+from dgefx.passes.emit.coarse_reference import Unknown
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
-from dgefx.passes.plan.coarse_reference import Unknown
 from dgefx.passes.plan.compare import converted_copy, is_close, randomised, require_equal
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan

@@ -14,10 +14,11 @@ from torch import nn
 
 from dgefx.config import DGEConfig
 from dgefx.nn.block import DGEBlock
+from dgefx.nn.module_tree import put
 from dgefx.outputs import Call, relative_error
 from dgefx.passes.frontends.inputs import run_example
 from dgefx.passes.plan.compare import TOLERANCE
-from dgefx.passes.plan.install import install, put
+from dgefx.passes.plan.install import install
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.precision import in_float64
 
