@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_OWN = frozenset(vars(nn.Module()))
+#: what every module has, whatever its class
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
@@ -41,7 +42,7 @@ def _detached(model: nn.Module) -> dict[int, Any]:
         id(value): value.detach().clone()
         for module in model.modules()
         for name, held in vars(module).items()
-        if name not in _OWN and isinstance(held, dict)
+        if name not in MODULE_ATTRIBUTES and isinstance(held, dict)
         for value in held.values()
         if _is_computed(value)
     }

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.errors import TraceError
 from dgefx.passes.ops import run_node
-from dgefx.passes.trace.tracer import Trace, trace
+from dgefx.passes.trace.block_trace import Trace, trace
 
 
 class UnfusedAttention(nn.Module):

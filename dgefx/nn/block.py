@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dgefx.copying import MODULE_ATTRIBUTES
 from dgefx.nn.block_types import FUNCTION, SWITCH, called_like, mixed_type, plain_values
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import choose_form
@@ -24,8 +25,6 @@ from dgefx.nn.methods import refused_methods
 from dgefx.nn.router import Router
 from dgefx.nn.symbolic import as_leaf, is_symbolic
 from dgefx.nn.tables import Tables
-
-_MACHINERY = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
 
 class Constants(Tables):
@@ -163,7 +162,7 @@ class DGEBlock(nn.Module):
             )
         (dense,) = self._dge_dense
         own = vars(dense)
-        for name in {*own, *plain_values(type(dense)), SWITCH, FUNCTION} - _MACHINERY:
+        for name in {*own, *plain_values(type(dense)), SWITCH, FUNCTION} - MODULE_ATTRIBUTES:
             if name in self.__dict__ and self.__dict__[name] is not getattr(dense, name, None):
                 own[name] = self.__dict__[name]
         dense.training = self.training

@@ -3,8 +3,8 @@
 The model runs once, eagerly, under a `TorchFunctionMode` that writes every torch call into an
 `fx.Graph` together with the modules it was made in. Whatever runs can be captured: Python control
 flow, early exits and data-dependent branches resolve themselves, because nothing is symbolic.
-Sizes are constants here, so this graph is never executed or rewritten; `passes.trace.tracer` makes
-the graph that is. Next: `passes.locate.sites`.
+Sizes are constants here, so this graph is never executed or rewritten; `passes.trace.block_trace`
+makes the graph that is. Next: `passes.locate.sites`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dgefx.outputs import Call, clone_call, tensors_in
-from dgefx.passes.trace.interception import seen_functions
+from dgefx.passes.trace.wrapped_functions import seen_functions
 
 
 @dataclass

@@ -8,7 +8,7 @@ from timm.layers import DropPath, LayerNorm2d, Mlp
 from torch import Tensor, nn
 from torchvision.models.maxvit import SwapAxes
 
-from dgefx.passes.trace.tokenwise import keeps_tokens_apart
+from dgefx.passes.trace.token_wise import is_token_wise
 
 
 class Shifted(nn.Module):
@@ -77,17 +77,17 @@ TOGETHER = {
 @pytest.mark.parametrize("name", APART)
 def test_apart(name: str, training: bool) -> None:
     module, size = APART[name]
-    assert keeps_tokens_apart(module.train(training), torch.randn(size))
+    assert is_token_wise(module.train(training), torch.randn(size))
 
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_together(name: str) -> None:
     module, size = TOGETHER[name]
-    assert not keeps_tokens_apart(module.train(), torch.randn(size))
+    assert not is_token_wise(module.train(), torch.randn(size))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="torch seeds a device that is there")
 def test_seeds_queue_nothing_for_devices_that_are_not_there() -> None:
     before = len(torch.cuda._queued_calls)
-    keeps_tokens_apart(DropPath(0.5).train(), torch.randn(2, 9, 8))
+    is_token_wise(DropPath(0.5).train(), torch.randn(2, 9, 8))
     assert len(torch.cuda._queued_calls) == before

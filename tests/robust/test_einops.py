@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.trace.tracer import ConcolicProxy, trace
+from dgefx.passes.trace.block_trace import trace
+from dgefx.passes.trace.proxies import ConcolicProxy
 from tests.helpers import error, images, randomise
 from tests.test_trace import interpret
 
@@ -123,6 +124,7 @@ def test_converts_exactly_and_at_other_sizes(name: str) -> None:
     dgefx.set_budget(model, 0.7)
     assert torch.isfinite(model(images(2, 64))).all()
     assert torch.isfinite(model(images(2, (96, 64)))).all()
+    gc.collect()
     assert not any(isinstance(found, ConcolicProxy) for found in gc.get_objects())
 
 

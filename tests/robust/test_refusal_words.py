@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dgefx
 import dgefx.passes.plan.plan
-import dgefx.passes.trace.tracer
+import dgefx.passes.trace.block_trace
 from dgefx.nn.unread import Unread
 from dgefx.passes.errors import Refused
 from dgefx.passes.plan.compare import require_equal
@@ -489,7 +489,7 @@ def test_code_that_fails_on_random_tokens_names_its_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["dgefx.passes.plan.plan.description", "dgefx.passes.trace.tracer._drop_unread"]
+    "place", ["dgefx.passes.plan.plan.description", "dgefx.passes.trace.block_trace._drop_unread"]
 )
 def test_a_bug_of_this_library_is_raised_as_one(
     place: str, monkeypatch: pytest.MonkeyPatch

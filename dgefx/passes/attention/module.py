@@ -13,7 +13,7 @@ from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import argument
 from dgefx.passes.reasons import Reason
-from dgefx.passes.trace.tracer import HOOKED
+from dgefx.passes.trace.copies import HOOKED
 
 if TYPE_CHECKING:
     from dgefx.passes.emit.packed import PackedQueryEmitter

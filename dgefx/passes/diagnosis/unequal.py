@@ -23,11 +23,12 @@ from dgefx.nn.callspec import CallSpec
 from dgefx.outputs import Call, tensors_in
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.reasons import Reason
+from dgefx.passes.trace.block_trace import trace
+from dgefx.passes.trace.copies import copy_block
 from dgefx.passes.trace.decisions import is_shaped_by_data
 from dgefx.passes.trace.deterministic import Deterministic, seed_all
 from dgefx.passes.trace.guards import keeps_statistics
-from dgefx.passes.trace.mutation import set_item
-from dgefx.passes.trace.tracer import copy_block, trace
+from dgefx.passes.trace.in_place import set_item
 from dgefx.passes.user_code import lines_run, place_text
 
 _TORCH = os.path.dirname(torch.__file__)

@@ -25,7 +25,7 @@ from dgefx.passes.ops import ELEMENTWISE, map_sources, op_name, run_node
 from dgefx.passes.sides.sides import Sides
 from dgefx.passes.sides.token_axes import TokenAxes, needed_share
 from dgefx.passes.sides.window_partition import Partition
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 #: what does not follow the data, and is the same in both sides at the traced size
 _FIXED = (int, float, bool, str, torch.dtype, torch.device, type(None))

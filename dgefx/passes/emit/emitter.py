@@ -57,7 +57,8 @@ from dgefx.passes.sides.projections import FusedProjection, Part, linear_operand
 from dgefx.passes.sides.sides import Sides, block_flow, carries_tensor
 from dgefx.passes.sides.token_axes import MOVES, TokenAxes, needed_share, size_inputs, size_read
 from dgefx.passes.sides.window_slots import WindowSlots, axis_sizes, einsum_tables
-from dgefx.passes.trace.tracer import HOOKED, Trace
+from dgefx.passes.trace.block_trace import Trace
+from dgefx.passes.trace.copies import HOOKED
 
 #: forms whose other axes are the same in both sides
 _TOKEN_KINDS = ("tokens", "grid", "window")

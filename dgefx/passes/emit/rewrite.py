@@ -17,7 +17,7 @@ from dgefx.passes.layout import Layout
 from dgefx.passes.sides.find_axes import TokenAxesFinder
 from dgefx.passes.sides.projections import fused_projections
 from dgefx.passes.sides.sides import find_sides
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 
 def split(trace: Trace, stream: fx.Node, layout: Layout, packs: bool = False) -> RewrittenGraph:

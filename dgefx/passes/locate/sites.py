@@ -5,7 +5,7 @@ all come from one stream x, when the path from the core to the output must pass 
 operand is x, maybe scaled (a post-dominator of the core), and when one module takes x, or what x
 is plus something, and hands out that sum, or what becomes of it without changing its size. Its
 queries have to be the tokens of the stream, in windows or not. Everything else is reported with
-the reason. Next: `passes.trace.tracer`.
+the reason. Next: `passes.trace.block_trace`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from dgefx.passes.plan.call_masks import HeldForm, MaskForms, smallest_call
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan
-from dgefx.passes.trace.tracer import trace
+from dgefx.passes.trace.block_trace import trace
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from dgefx.passes.plan.plan import BlockPlan, plan_block
 from dgefx.passes.plan.sizes import agrees, other_grids
 from dgefx.passes.plan.verify import verify_block
 from dgefx.passes.sides.sides import block_flow
-from dgefx.passes.trace.tracer import Trace, shadow, trace
+from dgefx.passes.trace.block_trace import Trace, trace
+from dgefx.passes.trace.copies import shadow
 
 #: elements of a mask that is tried out
 _LARGEST = 2**25

@@ -15,7 +15,7 @@ from dgefx.passes.errors import Refused
 from dgefx.passes.plan.install import build_block
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.randomise import randomise_constants
-from dgefx.passes.trace.tracer import copy_block
+from dgefx.passes.trace.copies import copy_block
 
 #: of the block's update (its output less its input) or the model's output, in float32
 TOLERANCE = 1e-5

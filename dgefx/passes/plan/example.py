@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from dgefx.outputs import Call, tensors_in
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
-from dgefx.passes.trace.attributes import told_sizes
 from dgefx.passes.trace.deterministic import seed_all
+from dgefx.passes.trace.module_access import size_attributes
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class BlockExample:
 
     def tell_grid(self, block: nn.Module, grid: tuple[int, int]) -> None:
         """Set the sizes that a model tells its blocks by attributes, in a copy of the block."""
-        for (part, name), axis in told_sizes(block, grid).items():
+        for (part, name), axis in size_attributes(block, grid).items():
             setattr(block.get_submodule(part), name, self.layout.grid[axis])
 
     def copied(self) -> Call:

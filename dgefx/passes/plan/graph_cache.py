@@ -19,7 +19,7 @@ from dgefx.passes.emit.emitter import RewrittenGraph
 from dgefx.passes.emit.rewrite import split
 from dgefx.passes.layout import Layout
 from dgefx.passes.plan.signature import only_scales, trace_signature
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 if TYPE_CHECKING:
     from dgefx.passes.plan.call_forms import KnownForms
@@ -75,7 +75,7 @@ def _ignores_mode(module: nn.Module) -> bool:
 def ignores_mode(trace: Trace) -> bool:
     """Whether all that a trace calls does the same in both modes, so that the graph of a trace in
     eval mode serves the equal one in train mode."""
-    called = {str(n.target) for n in trace.graph.nodes if n.op == "call_module"} - trace.apart
+    called = {str(n.target) for n in trace.graph.nodes if n.op == "call_module"} - trace.token_wise
     return all(_ignores_mode(trace.root.get_submodule(name)) for name in called)
 
 

@@ -33,9 +33,9 @@ from dgefx.passes.plan.graph_cache import GraphCache, Rewritten
 from dgefx.passes.plan.signature import description, plan_signature
 from dgefx.passes.sides.sides import KEEPS_STREAM
 from dgefx.passes.stage_log import log_stage
+from dgefx.passes.trace.block_trace import Trace, attribute_of, trace
 from dgefx.passes.trace.decisions import follows_batch
 from dgefx.passes.trace.guards import guards_of, same_types, same_without_grad
-from dgefx.passes.trace.tracer import Trace, attribute_of, trace
 from dgefx.passes.walk import breadth_first
 
 

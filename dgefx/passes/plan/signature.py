@@ -22,14 +22,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dgefx.copying import MODULE_ATTRIBUTES
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.guards import Guards
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.plan.example import BlockExample
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 #: objects that are equal where their values are
 _PLAIN = (
     type(None),
@@ -145,7 +145,7 @@ def module_signature(
     for name, part in module.named_modules(remove_duplicate=False):
         if part._forward_hooks or part._forward_pre_hooks or has_backward_hooks(part):
             raise _NotComparable
-        own = {k: v for k, v in vars(part).items() if k not in _OWN_ATTRIBUTES}
+        own = {k: v for k, v in vars(part).items() if k not in MODULE_ATTRIBUTES}
         found.append((name, first.setdefault(id(part), name), type(part), _frozen(own, first)))
         # running statistics scale, as parameters do
         of_buffers = _weights if isinstance(part, _NormBase) else buffers
@@ -208,7 +208,7 @@ def _called(trace: Trace, name: str) -> Hashable:
     """What writing a graph may ask about a module that is called: of one that works on every token
     alike, whatever it holds, its weights."""
     module = trace.root.get_submodule(name)
-    if name not in trace.apart:
+    if name not in trace.token_wise:
         return module_signature(module, _weights)
     held = itertools.chain(module.named_parameters(), module.named_buffers())
     return type(module), tuple((key, _weights(value)) for key, value in held)

@@ -21,7 +21,7 @@ from dgefx.passes.plan.compare import grid_shape, is_close, randomised
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.install import build_block
 from dgefx.passes.plan.plan import BlockPlan, HeldSizes
-from dgefx.passes.trace.tracer import copy_block
+from dgefx.passes.trace.copies import copy_block
 
 #: tokens of all images whose attention is quick, and its scores, written out, are small
 _MANY = 2048

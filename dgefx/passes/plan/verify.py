@@ -32,8 +32,8 @@ from dgefx.passes.layout import Layout
 from dgefx.passes.plan.compare import converted_copy, is_close, randomised, require_equal
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan
+from dgefx.passes.trace.copies import copy_block
 from dgefx.passes.trace.deterministic import Deterministic
-from dgefx.passes.trace.tracer import copy_block
 
 
 def patch_constant_stream(

@@ -21,8 +21,8 @@ from dgefx.passes.plan.compare import converted_copy, randomised
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.plan.signature import has_backward_hooks
+from dgefx.passes.trace.copies import copy_block
 from dgefx.passes.trace.deterministic import Deterministic
-from dgefx.passes.trace.tracer import copy_block
 from dgefx.precision import in_type
 
 #: of a gradient, relative to its own norm and to that of all of them; float32 inside the block (a

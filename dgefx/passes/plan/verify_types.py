@@ -16,7 +16,7 @@ from dgefx.passes.errors import Refused
 from dgefx.passes.plan.compare import converted_copy, is_close, randomised
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan
-from dgefx.passes.trace.tracer import copy_block
+from dgefx.passes.trace.copies import copy_block
 from dgefx.precision import in_type
 
 

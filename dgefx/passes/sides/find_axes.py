@@ -25,8 +25,8 @@ from dgefx.passes.sides.full_resolution import FullResolution
 from dgefx.passes.sides.sides import Sides
 from dgefx.passes.sides.token_axes import Probe, TokenAxes, stream_axes
 from dgefx.passes.sides.window_axes import WindowAxesFinder
+from dgefx.passes.trace.block_trace import Trace
 from dgefx.passes.trace.deterministic import Deterministic, seed_all
-from dgefx.passes.trace.tracer import Trace
 
 #: a change that counts, in units of the type's precision, relative to the value itself and to the
 #: largest one. What did not change is put back after every node, so that only the rounding of one

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from dgefx.passes.ops import argument, op_name
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 FIRST, REST, BOTH, OTHER = "first", "rest", "both", "other"
 

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from dgefx.passes.ops import MOVEMENT, argument, op_name, run_node
 from dgefx.passes.sides.sides import Sides
-from dgefx.passes.trace.tracer import HOOKED, Trace
+from dgefx.passes.trace.block_trace import Trace
+from dgefx.passes.trace.copies import HOOKED
 
 
 @dataclass(frozen=True)

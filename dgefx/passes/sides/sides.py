@@ -22,7 +22,7 @@ from dgefx.passes.attention.registry import find_cores, form_of
 from dgefx.passes.errors import Refused
 from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, Op, map_sources, named, op_name
 from dgefx.passes.sides.token_axes import size_read
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 
 @dataclass(frozen=True)

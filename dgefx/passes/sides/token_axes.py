@@ -16,7 +16,7 @@ from dgefx.kernels.window import WindowAxes
 from dgefx.passes.attention.registry import form_named
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import Op, argument, named
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 
 @dataclass(frozen=True)

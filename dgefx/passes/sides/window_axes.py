@@ -27,7 +27,7 @@ from dgefx.passes.sides.window_partition import (
     mask_cuts,
     read_partition,
 )
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 
 class WindowAxesFinder:

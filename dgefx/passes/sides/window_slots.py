@@ -18,7 +18,7 @@ from dgefx.passes.sides.find_axes import TokenAxesFinder
 from dgefx.passes.sides.sides import Sides, block_flow
 from dgefx.passes.sides.token_axes import TokenAxes
 from dgefx.passes.sides.window_partition import Partition
-from dgefx.passes.trace.tracer import Trace
+from dgefx.passes.trace.block_trace import Trace
 
 
 def axis_sizes(form: TokenAxes, layout: Layout, finder: TokenAxesFinder) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 A trace takes the branch that the example takes. Decisions on a type are asked again for the other
 floating types: the block holds for those in which all of them come out the same. Decisions on the
 sizes of the stream become a small graph of their own, which the converted block asks at run time
-(`dgefx.nn.guards`). Filled by `passes.trace.tracer`, read by `passes.plan.plan`.
+(`dgefx.nn.guards`). Filled by `passes.trace.tracer`, read by `passes.trace.guards` and
+`passes.plan.plan`.
 """
 
 from __future__ import annotations
@@ -17,53 +18,107 @@ from torch import Tensor, fx, nn
 
 from dgefx.ambient import working_dtype
 from dgefx.nn.guards import FLOATS
-from dgefx.passes.ops import Op, named, op_name
-from dgefx.passes.trace.mutation import tensors_of
+from dgefx.passes.errors import TraceError
+from dgefx.passes.ops import op_name
+from dgefx.passes.trace.deterministic import RANDOM
+from dgefx.passes.trace.in_place import tensors_of
 from dgefx.passes.walk import breadth_first
 
 #: how many elements these have depends on what they are given
-_SHAPED_BY_DATA = named(Op.SHAPED_BY_DATA)
+_SHAPED_BY_DATA = frozenset(
+    "nonzero argwhere masked_select unique unique_consecutive bincount".split()
+)
+#: results that are numbers or booleans made of the elements of a tensor
+_READS_ELEMENTS = frozenset({"item", "tolist", "equal", "allclose", "is_nonzero"})
+#: what blocks ask before they clamp half precision; the same for all sane data
+_GUARDS_OVERFLOW = frozenset({"isfinite", "isinf", "isnan"})
 
 
 @dataclass
 class Decisions:
-    """values: of the nodes of a trace. branches: what bool() was asked of. numbers: of what int(),
-    float(), len() or a loop made a number. looked_into: devices and types by whose name or hash
-    code may decide. dtype: the floating type that the block is traced for, although the trace runs
-    in `base`. fixed: whether the types of values are constants.
+    """root: the traced module. values: of the nodes of the trace. dtype: the floating type that the
+    block is traced for, although the trace runs in `base`. fixed_types: whether the types of values
+    are constants. branches: what bool() was asked of. numbers: of what int(), float(), len() or a
+    loop made a number. looked_into: devices and types by whose name or hash code may decide.
     """
 
-    values: dict[fx.Node, Any]
+    root: nn.Module
     dtype: torch.dtype
+    fixed_types: bool = False
+    values: dict[fx.Node, Any] = field(default_factory=dict)
     base: torch.dtype = field(default_factory=working_dtype)
     branches: list[fx.Node] = field(default_factory=list)
     numbers: list[fx.Node] = field(default_factory=list)
     looked_into: list[Any] = field(default_factory=list)
-    fixed: bool = False
+
+    # -- while the block is traced -----------------------------------------------------------
 
     def branch(self, node: fx.Node) -> bool:
-        """What `bool(node)` is, noted down."""
+        """What `bool(node)` is."""
+        self._refuse_data(node)
         self.branches.append(node)
-        return bool(self.in_type(node, self.dtype))
+        return bool(self._in_type(node, self.dtype))
 
-    def number(self, node: fx.Node) -> None:
-        """Note that Python made a number of a node."""
+    def number(self, node: fx.Node) -> Any:
+        """The value that Python makes a number of, which it stays."""
+        self._refuse_data(node)
         self.numbers.append(node)
+        return self.values[node]
 
-    def in_type(self, node: fx.Node, dtype: torch.dtype) -> Any:
+    def counted(self, node: fx.Node) -> Any:
+        """The value whose parts Python counts."""
+        if not tensors_of(self.values[node]):
+            return self.number(node)
+        if has_shape_of_data(node, self.values, self.root):
+            raise TraceError(f"a branch or number follows the value of {node.name}, by its size")
+        self.numbers.append(node)
+        return self.values[node]
+
+    def _refuse_data(self, node: fx.Node) -> None:
+        """Raise TraceError where Python is about to fix a number that follows the block's data,
+        random numbers, or a parameter, which may be trained. The size of what is selected by the
+        data's values follows them.
+        """
+        for source in breadth_first([node], self._read_for):
+            given = source.op == "placeholder" and isinstance(self.values[source], Tensor)
+            trained = source.op == "get_attr" and isinstance(self.values[source], nn.Parameter)
+            if given or trained:
+                raise TraceError(f"a branch or number follows the value of {node.name}")
+            name = op_name(source, self.root)
+            if name.rstrip("_") in RANDOM:
+                raise TraceError(f"a branch or number follows random numbers, which {name} draws")
+
+    def _read_for(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose elements, or numbers, a node's value is made of."""
+        name = op_name(node, self.root)
+        if name in _GUARDS_OVERFLOW:
+            return []
+        # from a tensor to a number only by reading its elements: a size is none of them
+        if tensors_of(self.values[node]) or name in _READS_ELEMENTS:
+            return node.all_input_nodes
+        return [
+            source
+            for source in node.all_input_nodes
+            if not tensors_of(self.values[source])
+            or has_shape_of_data(source, self.values, self.root)
+        ]
+
+    # -- in other floating types -------------------------------------------------------------
+
+    def _in_type(self, node: fx.Node, dtype: torch.dtype) -> Any:
         """The value of a node that no tensor's elements decide, had the block this type."""
         if dtype is self.base:
             return self.values[node]
         found: dict[fx.Node, Any] = {}
 
-        def value(current: fx.Node) -> Any:
-            if current not in found:
-                found[current] = self._in_type(current, dtype, value)
-            return found[current]
+        def value(source: fx.Node) -> Any:
+            if source not in found:
+                found[source] = self._value_in_type(source, dtype, value)
+            return found[source]
 
         return value(node)
 
-    def _in_type(self, node: fx.Node, dtype: torch.dtype, value: Any) -> Any:
+    def _value_in_type(self, node: fx.Node, dtype: torch.dtype, value: Any) -> Any:
         here = self.values[node]
         if here is self.base and _reads_type(node):
             return dtype
@@ -71,45 +126,45 @@ class Decisions:
             of = self.values[node.all_input_nodes[0]]
             if isinstance(of, Tensor) and of.dtype is self.base:
                 return dtype.itemsize
-        if not node.op.startswith("call_function") or tensors_of(here):
+        if node.op != "call_function" or tensors_of(here):
             return here
-        sources = node.all_input_nodes
-        if all(value(source) is self.values[source] for source in sources):
+        if all(value(source) is self.values[source] for source in node.all_input_nodes):
             return here
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def asks_device(self) -> bool:
-        """Whether a branch follows the device."""
-        named = any(isinstance(value, torch.device) for value in self.looked_into)
-        asked = self._asked("device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device")
-        return named or asked
-
-    def _asked(self, *names: str) -> bool:
-        """Whether a branch follows one of these attributes or methods of a tensor."""
-        behind = (n for branch in self.branches for n in _size_sources(branch, self.values))
-        return any(
-            (n.target is getattr and n.args[1] in names)
-            or (n.op == "call_method" and n.target in names)
-            for n in behind
-        )
-
-    def only_here(self) -> bool:
-        """Whether it cannot be told what the branches are in another type."""
-        named = any(isinstance(value, torch.dtype) for value in self.looked_into)
-        return self.fixed or named or self._asked("type", "nbytes")
-
     def types(self) -> frozenset[torch.dtype]:
         """The floating types in which every branch is the one that was taken."""
-        if self.only_here():
+        if self.knows_one_type():
             return frozenset((self.base,))
         return frozenset(
             dtype
             for dtype in FLOATS
             if all(
-                bool(self.in_type(n, dtype)) is bool(self.in_type(n, self.dtype))
+                bool(self._in_type(n, dtype)) is bool(self._in_type(n, self.dtype))
                 for n in self.branches
             )
+        )
+
+    def knows_one_type(self) -> bool:
+        """Whether it cannot be told what the branches are in another type."""
+        named = any(isinstance(value, torch.dtype) for value in self.looked_into)
+        return self.fixed_types or named or self._asks_for("type", "nbytes")
+
+    def asks_for_device(self) -> bool:
+        """Whether a branch follows the device."""
+        named = any(isinstance(value, torch.device) for value in self.looked_into)
+        return named or self._asks_for(
+            "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device"
+        )
+
+    def _asks_for(self, *names: str) -> bool:
+        """Whether a branch follows one of these attributes or methods of a tensor."""
+        return any(
+            (n.target is getattr and n.args[1] in names)
+            or (n.op == "call_method" and n.target in names)
+            for branch in self.branches
+            for n in _size_sources(branch, self.values)
         )
 
 
@@ -170,15 +225,13 @@ def _size_sources(node: fx.Node, values: dict[fx.Node, Any]) -> set[fx.Node]:
 def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, axis: int) -> bool:
     """Whether the first size of a tensor, or that of the images (`axis`) of one that is shaped as
     the stream, is among what a number is made of; or there are as many parts as images."""
-    behind = _size_sources(node, values)
-    for read in behind:
+    for read in _size_sources(node, values):
         if read.target is operator.getitem and isinstance(values[read], int):
-            source = read.args[0]
-            if isinstance(source, fx.Node) and isinstance(values[source], torch.Size):
-                place = read.args[1]
-                if place in (0, -len(values[source])) or (
-                    values[source] == values[stream].shape and place in (axis,)
-                ):
+            source, place = read.args
+            sizes = values[source] if isinstance(source, fx.Node) else None
+            if isinstance(sizes, torch.Size):
+                images = axis if sizes == values[stream].shape else 0
+                if place in (0, -len(sizes), images):
                     return True
         elif read.target == "size" and read.args[1:] in ((0,), (axis,)):
             return True
@@ -189,7 +242,7 @@ def follows_batch(node: fx.Node, values: dict[fx.Node, Any], stream: fx.Node, ax
     return counted and len(value) > 0 and len(value) % images == 0
 
 
-def _of_images(
+def _counts_images(
     tensor: fx.Node, behind: set[fx.Node], values: dict[fx.Node, Any], images: int
 ) -> bool:
     """Whether all that is asked of a tensor is its first size, and that is the number of images: of
@@ -214,33 +267,32 @@ def size_questions(
     values, made = decisions.values, fx.Graph()
     shape = values[stream].shape
     inputs = {n: made.placeholder(str(n.target)) for n in graph.nodes if n.op == "placeholder"}
-    asked: list[fx.Node] = []
-    expected: list[bool] = []
     copies: dict[fx.Node, fx.Node] = {}
-    for node in dict.fromkeys(decisions.branches):
-        behind = _size_sources(node, values)
+    asked: dict[fx.Node, bool] = {}
+    for branch in dict.fromkeys(decisions.branches):
+        behind = _size_sources(branch, values)
         tensors = {n for n in behind if tensors_of(values[n])}
         sized = any(isinstance(values[n], torch.Size) or n.target == "size" for n in behind)
-        given = any(n.op == "placeholder" and n not in tensors for n in behind)
-        typed = any(_reads_type(n) for n in behind)
+        given = any(n in inputs for n in behind - tensors)
         known = all(
             isinstance(values[n], Tensor)
-            and (n in inputs or values[n].shape == shape or _of_images(n, behind, values, shape[0]))
+            and (
+                n in inputs
+                or values[n].shape == shape
+                or _counts_images(n, behind, values, shape[0])
+            )
             for n in tensors
         )
-        calls = all(
-            n.op in ("call_function", "call_method", "placeholder") or n in tensors for n in behind
-        )
-        if not (sized or given) or typed or not known or not calls:
+        others = [n for n in behind - tensors if n.op in ("call_module", "get_attr")]
+        if not (sized or given) or not known or others or any(map(_reads_type, behind)):
             continue
-        for n in tensors:
-            copies[n] = inputs.get(n, inputs[stream])
         for n in graph.nodes:
-            if n in behind and n not in copies:
+            if n in tensors:
+                copies[n] = inputs.get(n, inputs[stream])
+            elif n in behind and n not in copies:
                 copies[n] = inputs[n] if n in inputs else made.node_copy(n, copies.__getitem__)
-        asked.append(copies[node])
-        expected.append(bool(values[node]))
+        asked[branch] = bool(values[branch])
     if not asked:
         return None
-    made.output(tuple(asked))
-    return made, tuple(expected)
+    made.output(tuple(copies[branch] for branch in asked))
+    return made, tuple(asked.values())

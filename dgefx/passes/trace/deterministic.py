@@ -1,9 +1,9 @@
-"""Train mode without chance, for the passes that compare values.
+"""Random numbers in train mode: runs without them, for the passes that compare values.
 
 Where everything was dropped, nothing is seen of how a value holds tokens
 (`passes.sides.find_axes`). And packed queries, in the order of windows or of images, draw other
-numbers than the dense block's tokens do from the same seed; without chance both must be equal
-(`passes.plan.verify`).
+numbers than the dense block's tokens do from the same seed; without random numbers both must be
+equal (`passes.plan.verify`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dgefx.passes.ops import RANDOM
+#: functions that draw random numbers, also where none of their arguments is symbolic
+RANDOM = frozenset(
+    "rand randn randint randperm bernoulli normal multinomial poisson rand_like randn_like "
+    "randint_like uniform random exponential".split()
+)
 
 
 @functools.cache
@@ -53,27 +57,11 @@ class Deterministic(TorchFunctionMode):
         if "dropout" in name and name != "dropout_":
             return args[0] if args else kwargs["input"]
         if name == "bernoulli_":
-            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            return args[0].fill_(chance)
+            probability = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            return args[0].fill_(probability)
         if name in ("rand", "rand_like"):
             return func(*args, **kwargs).fill_(1.0 - 1e-6)
         if name == "scaled_dot_product_attention":
             kwargs["dropout_p"] = 0.0
             args = args[:4]
         return func(*args, **kwargs)
-
-
-class NoteDraws(TorchFunctionMode):
-    """Says in `drew` whether random numbers were drawn, except for the dropout of single numbers,
-    which it leaves out."""
-
-    drew = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "dropout":
-            return args[0] if args else (kwargs or {})["input"]
-        self.drew |= name.rstrip("_") in RANDOM or "dropout" in name
-        return func(*args, **(kwargs or {}))

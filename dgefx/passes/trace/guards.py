@@ -6,7 +6,9 @@ Called by `passes.plan.plan`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,10 +16,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from dgefx.nn.code import GraphCode
-from dgefx.nn.guards import FLOATS, Guards, Setting
+from dgefx.nn.guards import FLOATS, Guards
 from dgefx.passes.errors import TraceError
+from dgefx.passes.trace.block_trace import Trace, trace_with
 from dgefx.passes.trace.decisions import size_questions
-from dgefx.passes.trace.tracer import Trace, trace
 from dgefx.passes.walk import behind
 
 
@@ -35,34 +37,32 @@ def guards_of(
     """
     stream = [node for node in traced.graph.nodes if node.op == "placeholder"][place]
     asked = size_questions(traced.decisions, traced.graph, stream)
-    read_apart = {
-        str(node.target).rpartition(".")[0] for node in generated.nodes if node.op == "get_attr"
-    }
-    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
-    doubled = _doubled(called, generated)
+    calls = [(n.op, str(n.target)) for n in generated.nodes if n.op in ("call_module", "get_attr")]
+    read_apart = {target.rpartition(".")[0] for op, target in calls if op == "get_attr"}
+    called = sorted({str(n.target) for n in traced.graph.nodes if n.op == "call_module"})
+    # modules that both sides need: called twice, or read for rows by each of them
+    count = Counter(target for _, target in calls)
+    doubled = tuple(name for name in called if count[name] > 1)
+    modules = {name: block.get_submodule(name) for name in (*traced.entered, *called)}
     return Guards(
-        settings=tuple(
-            Setting(module, name, value) for (module, name), value in traced.settings.items()
-        ),
-        kinds=tuple((name, type(block.get_submodule(name))) for name in traced.entered),
+        settings=traced.settings,
+        kinds=tuple((name, type(modules[name])) for name in traced.entered),
         bypassed=tuple(
             name
-            for name in (*traced.entered, *sorted(called & read_apart))
-            if not _has_torch_hooks(block.get_submodule(name))
+            for name, module in modules.items()
+            if (name in traced.entered or name in read_apart) and not _has_torch_hooks(module)
         ),
         types=types,
-        device=traced.values[stream].device.type if traced.decisions.asks_device() else None,
+        device=traced.values[stream].device.type if traced.decisions.asks_for_device() else None,
         questions=None if asked is None else GraphCode(asked[0], "questions"),
         answers=frozenset() if asked is None else frozenset((asked[1],)),
         aliases=_aliases(block),
-        unpatched=tuple(
-            name for name in traced.entered if "forward" not in vars(block.get_submodule(name))
-        ),
+        unpatched=tuple(name for name in traced.entered if "forward" not in vars(modules[name])),
         doubled=doubled,
         twice=tuple(
             name
             for name in doubled
-            if traced.root.training and keeps_statistics(traced.root.get_submodule(name))
+            if traced.options.training and keeps_statistics(traced.root.get_submodule(name))
         ),
         knows_autocast=traced.knows_autocast,
     )
@@ -81,15 +81,6 @@ def _aliases(block: nn.Module) -> tuple[tuple[str, str], ...]:
     return tuple((one, other) for one, other in pairs if one != other)
 
 
-def _doubled(called: set[str], generated: fx.Graph) -> tuple[str, ...]:
-    """Those of the modules called in a trace that both sides need: called twice, or read for rows
-    by each of them."""
-    calls = Counter(
-        str(node.target) for node in generated.nodes if node.op in ("call_module", "get_attr")
-    )
-    return tuple(name for name in sorted(called) if calls[name] > 1)
-
-
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether calls in train mode change later ones, by running statistics or a spectral norm."""
     for part in module.modules():
@@ -106,19 +97,21 @@ def same_types(block: nn.Module, traced: Trace) -> frozenset[torch.dtype]:
     """The floating types in which the block does what was traced: it decides alike, or its other
     branch comes to the same graph (a clamp of what is not finite)."""
     held = traced.decisions.types()
-    if traced.decisions.only_here():
+    if traced.decisions.knows_one_type():
         return held
-    return held | {dtype for dtype in FLOATS - held if _same_graph(block, traced, dtype)}
+    return held | {dtype for dtype in FLOATS - held if _same_graph(block, traced, dtype=dtype)}
 
 
 def same_without_grad(block: nn.Module, traced: Trace) -> bool:
     """Whether the block does the same where gradients are off, if it asks for that."""
-    return not traced.asks_grad or _same_graph(block, traced, traced.decisions.dtype, grad=False)
+    return not traced.asks_grad or _same_graph(block, traced, grad=False)
 
 
-def _same_graph(block: nn.Module, traced: Trace, dtype: torch.dtype, grad: bool = True) -> bool:
+def _same_graph(block: nn.Module, traced: Trace, **changed: Any) -> bool:
+    """Whether a trace with other options computes the same."""
+    options = dataclasses.replace(traced.options, **changed)
     try:
-        other = trace(block, traced.spec, traced.root.training, dtype, traced.grid, grad)
+        other = trace_with(block, traced.spec, options)
     except TraceError:
         return False
     return _source(traced.graph) == _source(other.graph)

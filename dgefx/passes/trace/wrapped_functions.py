@@ -1,10 +1,9 @@
-"""Pass 3a, interception: what a tracer hears of a module that runs.
+"""Functions that become nodes where they are given a proxy.
 
-`torch.fx.Tracer.trace` patches `nn.Module` itself, so that models which other threads run meanwhile
-go through the tracer as well. Here the modules of the traced copy, and they alone, hand their calls
-and reads on. Only functions of the `math` module and those marked with `torch.fx.wrap` are replaced
-where everybody finds them, one trace at a time, by wrappers that do the same for plain numbers.
-Used by `passes.trace.tracer`.
+Those of the `math` module, those that are operations of their own (`passes.ops.set_own_names`) and
+those that users marked with `torch.fx.wrap` are replaced where everybody finds them, one trace at a
+time, by wrappers that do the same for plain values. Used by `passes.trace.block_trace` and
+`passes.capture`.
 """
 
 from __future__ import annotations
@@ -26,66 +25,8 @@ from torch.fx import _symbolic_trace
 
 from dgefx.passes.ops import own_functions, own_name
 
-#: (attribute, value) -> what the reader gets
-Read = Callable[[str, Any], Any]
-#: (module, its own call, args, kwargs) -> result
-CallModule = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-
 _MATH = frozenset(id(f) for name, f in vars(math).items() if not name.startswith("_"))
 _one_trace_at_a_time = threading.RLock()
-
-
-class _Watched(dict[str, Any]):
-    """Parameters or buffers of a module, of which `nn.Module.__getattr__` reads one by its name."""
-
-    def __init__(self, held: dict[str, Any], read: Read) -> None:
-        super().__init__(held)
-        self.read = read
-
-    def __getitem__(self, name: str) -> Any:
-        return self.read(name, super().__getitem__(name))
-
-
-def _hidden(modules: list[nn.Module]) -> list[nn.Module]:
-    """Modules that others hold outside the module tree, in lists and the like."""
-    known = set(modules)
-    leaves = [leaf for m in modules for leaf in pytree.tree_leaves(list(vars(m).values()))]
-    return [leaf for leaf in leaves if isinstance(leaf, nn.Module) and leaf not in known]
-
-
-@contextlib.contextmanager
-def watched_modules(root: nn.Module, call: CallModule, read: Read) -> Iterator[None]:
-    """While active, calls of the modules below `root` go to `call`, and reads of the parameters and
-    buffers of all its modules to `read`.
-
-    Args:
-        root: a copy that nobody else runs.
-    """
-    modules = list(root.modules())
-    called = [m for m in (*modules, *_hidden(modules)) if m is not root]
-    before = [(m, m._parameters, m._buffers) for m in modules]
-    try:
-        for module in called:
-
-            def handed_on(*args: Any, _module: nn.Module = module, **kwargs: Any) -> Any:
-                return call(_module, _module._call_impl, args, kwargs)
-
-            # what `nn.Module.__call__` runs if it is set, as by `module.compile()`
-            module.__dict__["_compiled_call_impl"] = handed_on
-        for module in modules:
-            module.__dict__["_parameters"] = _Watched(module._parameters, read)
-            module.__dict__["_buffers"] = _Watched(module._buffers, read)
-        yield
-    finally:
-        for module in called:
-            module.__dict__.pop("_compiled_call_impl", None)
-        for module, parameters, buffers in before:
-            for name, held in (("_parameters", parameters), ("_buffers", buffers)):
-                now = dict(module.__dict__[name])
-                held.clear()
-                held.update(now)
-                module.__dict__[name] = held
-
 
 Found = Iterator[tuple[dict[str, Any], str]]
 
@@ -123,13 +64,10 @@ def _own_functions(root: nn.Module) -> Found:
                 yield scope, name
 
 
-@contextlib.contextmanager
-def _no_compilation() -> Iterator[None]:
+def _no_compilation() -> AbstractContextManager[Any]:
     """No thread compiles meanwhile: Dynamo would find wrappers where there are functions."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
-    lock = getattr(frames, "compile_lock", None)
-    with contextlib.nullcontext() if lock is None else lock:
-        yield
+    return getattr(frames, "compile_lock", contextlib.nullcontext())
 
 
 _ORIGINAL = "_dgefx_original"

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dgefx.passes.trace.deterministic import Deterministic, NoteDraws, seed_all
+from dgefx.passes.trace.deterministic import RANDOM, Deterministic, seed_all
 
 _TRIED = 3  # tokens along the first token axis; one more along each other, or they could be swapped
 
 
-def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
+def is_token_wise(module: nn.Module, value: Tensor) -> bool:
     """Whether `module`, on tensors like `value`, gives every token what it is alone.
 
     Its output has the token axes of its input and follows a permutation and a selection of the
@@ -37,14 +37,15 @@ def keeps_tokens_apart(module: nn.Module, value: Tensor) -> bool:
     if not value.is_floating_point() or value.dim() < 3:
         return False
     devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _left_as_it_was(module):
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _state_kept(module):
         # a module for (B, C, H, W) has its features on axis 1
         last = value.dim() - 1
-        return any(_is_apart(module, value, axis) for axis in ((last, 1) if last > 2 else (last,)))
+        axes = (last, 1) if last > 2 else (last,)
+        return any(_treats_alike(module, value, axis) for axis in axes)
 
 
 @contextmanager
-def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+def _state_kept(module: nn.Module) -> Iterator[None]:
     """Forgets what forward keeps for the few tokens that are tried: the trace would read it."""
     own = [vars(part) for part in module.modules()]
     kept: list[Any] = [*own, *(part._buffers for part in module.modules())]
@@ -59,7 +60,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
             (held.extend if isinstance(held, list) else held.update)(content)
 
 
-class _NoPart(TorchFunctionMode):
+class _RefusePart(TorchFunctionMode):
     """Raises where a module is a part of what is looked for in a block: the residual add of its
     input, or the softmax of attention scores, which treats rows of scores alike."""
 
@@ -78,17 +79,33 @@ class _NoPart(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Draws(TorchFunctionMode):
+    """Says in `seen` whether random numbers were drawn, except for the dropout of single numbers,
+    which it leaves out."""
+
+    seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "dropout":
+            return args[0] if args else (kwargs or {})["input"]
+        self.seen |= name.rstrip("_") in RANDOM or "dropout" in name
+        return func(*args, **(kwargs or {}))
+
+
 def _draws_per_image(module: nn.Module, tokens: Tensor) -> bool:
     """Whether it draws more than what is dropped element by element, seen or by what comes out."""
-    results, noted = [], NoteDraws()
+    results, draws = [], _Draws()
     for number in (1, 2):
         seed_all(number)
-        with noted:
+        with draws:
             results.append(module(tokens.clone()))
-    return noted.drew or not torch.equal(*results)
+    return draws.seen or not torch.equal(*results)
 
 
-def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
+def _treats_alike(module: nn.Module, value: Tensor, features: int) -> bool:
     axes = [axis for axis in range(1, value.dim()) if axis != features]
     size = [2, *value.shape[1:]]
     for more, axis in enumerate(axes):
@@ -97,7 +114,7 @@ def _is_apart(module: nn.Module, value: Tensor, features: int) -> bool:
 
     def run(given: Tensor) -> Any:
         written = given.clone()
-        with Deterministic(), _NoPart(written):
+        with Deterministic(), _RefusePart(written):
             result = module(written)
         if result is written or not torch.equal(written, given):
             raise ValueError("hands on its input, or writes into it")

@@ -9,9 +9,8 @@ cannot follow raises when it is read. Used by `passes.trace.tracer`.
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from dgefx.passes.errors import TraceError
-from dgefx.passes.ops import Op, named
+from dgefx.passes.walk import breadth_first
 
 Emit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], fx.Node]
 Run = Callable[[fx.Node, Any, Any], Any]
@@ -33,19 +32,14 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return changed
 
 
-_RENAMED = {"and": "and_", "or": "or_"}
-
-#: `x += y` and the like, with what they compute
-AUGMENTED: dict[Any, Any] = {
-    getattr(operator, f"i{name}"): getattr(operator, _RENAMED.get(name, name))
-    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_AUGMENTED = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift"
+#: `x += y` and the like, by the names of their functions in `operator`, with what they compute
+AUGMENTED: dict[str, Any] = {
+    f"i{name.rstrip('_')}": getattr(operator, name) for name in _AUGMENTED.split()
 }
 
-#: the same as methods, which they are where only the right side is symbolic
-_AUGMENTED_METHODS = {f"__{function.__name__}__": plain for function, plain in AUGMENTED.items()}
-
-#: set every element anew: no functional twin, and no reading of what was there
-_FILLS = {f"{name}_" for name in named(Op.FILLS)}
+#: set every element anew: there is no functional form, and no reading of what was there
+_FILLS = frozenset("bernoulli_ uniform_ normal_ fill_ zero_ copy_ random_ exponential_".split())
 
 
 def is_fill(node: fx.Node) -> bool:
@@ -54,8 +48,8 @@ def is_fill(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class Change:
-    """An in-place call on its first argument, and the call that computes the same.
+class FunctionalForm:
+    """The call that computes what an in-place call writes into its first argument.
 
     fills: it has to run in place, on memory that nothing else reads.
     """
@@ -66,45 +60,47 @@ class Change:
     fills: bool = False
 
 
-def as_change(kind: str, target: Any, kwargs: dict[str, Any]) -> Change | None:
+def functional_form(kind: str, target: Any, kwargs: dict[str, Any]) -> FunctionalForm | None:
     """How to compute an in-place call without changing anything; None: it is not in place.
 
     Raises:
         TraceError: an in-place call that cannot be told apart or done otherwise.
     """
-    name = target if kind == "call_method" else getattr(target, "__name__", "")
     if kind not in ("call_method", "call_function"):
         return None
+    is_method = kind == "call_method"
+    name = target if is_method else getattr(target, "__name__", "")
     if kwargs.get("out") is not None:
         raise TraceError(f"{name} writes into a tensor given as out=")
     if name == "__setitem__":
         raise TraceError("a computed value is written into a constant tensor")
-    if kind == "call_function":
-        if target in AUGMENTED:
-            return Change(kind, AUGMENTED[target], kwargs)
-        if kwargs.get("inplace") is True:
-            return Change(kind, target, {**kwargs, "inplace": False})
-    elif target in _AUGMENTED_METHODS:
-        return Change("call_function", _AUGMENTED_METHODS[target], kwargs)
+    # methods where only the right side is symbolic
+    core = name.removeprefix("__").removesuffix("__") if is_method else name
+    if core in AUGMENTED and (is_method or target is getattr(operator, core)):
+        return FunctionalForm("call_function", AUGMENTED[core], kwargs)
+    if not is_method and kwargs.get("inplace") is True:
+        return FunctionalForm(kind, target, {**kwargs, "inplace": False})
     if not name.endswith("_") or name.endswith("__") or name.startswith("_"):
         return None
     if name in _FILLS:
-        return Change(kind, target, kwargs, fills=True)
-    if kind == "call_method":
-        twin = getattr(Tensor, name[:-1], None)
-        return Change(kind, name[:-1], kwargs) if callable(twin) else _no_twin(name)
-    if not str(getattr(target, "__module__", "torch") or "torch").startswith("torch"):
+        return FunctionalForm(kind, target, kwargs, fills=True)
+    module = str(getattr(target, "__module__", "torch") or "torch")
+    if not is_method and not module.startswith("torch"):
         return None  # a user's function
-    twin = getattr(torch, name[:-1], None) or getattr(torch.nn.functional, name[:-1], None)
-    return Change(kind, twin, kwargs) if callable(twin) else _no_twin(name)
-
-
-def _no_twin(name: str) -> Change:
-    raise TraceError(f"{name} changes a tensor in place and has no form that does not")
+    owners = (Tensor,) if is_method else (torch, torch.nn.functional)
+    found = (getattr(owner, name[:-1], None) for owner in owners)
+    function = next(filter(callable, found), None)
+    if function is None:
+        raise TraceError(f"{name} changes a tensor in place and has no form that does not")
+    return FunctionalForm(kind, name[:-1] if is_method else function, kwargs)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in a value."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (int, float, torch.Size)):
+        return []
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -118,18 +114,15 @@ def shares_memory(first: Any, second: Any) -> bool:
     return not _memory(first).isdisjoint(_memory(second))
 
 
-def is_same_tensor(first: Any, second: Any) -> bool:
-    """Whether both are the very same elements in the same order."""
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two tensors in the same memory are the very same elements in the same order."""
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return False
-    kept = first.dtype == second.dtype and first.shape == second.shape
-    if not kept or not shares_memory(first, second):
-        return False
-    places = [(t.stride(), int(t.storage_offset())) for t in (first, second)]
-    return places[0] == places[1]
+    kinds = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (first, second)]
+    return kinds[0] == kinds[1]
 
 
-class Versions:
+class TensorVersions:
     """What every tensor of the traced code holds by now.
 
     Args:
@@ -144,7 +137,7 @@ class Versions:
         self._sources: dict[fx.Node, list[fx.Node]] = {}
         self._views: dict[fx.Node, list[fx.Node]] = {}
         self._stale: set[fx.Node] = set()
-        self._same: set[fx.Node] = set()  # views of all of their source, as it is
+        self._whole: set[fx.Node] = set()  # views of all of their source, as it is
         self._lost: dict[fx.Node, fx.Node] = {}  # tensor -> the write that it did not follow
 
     # -- reading -----------------------------------------------------------------------------
@@ -153,16 +146,16 @@ class Versions:
         """The tensor that `node` is a version of."""
         return self._tensor_of.get(node, node)
 
-    def made(self, node: fx.Node) -> None:
+    def add(self, node: fx.Node) -> None:
         """Note which tensors a new one shares memory with."""
         memory = _memory(self._values[node])
         if not memory or node.op in ("placeholder", "get_attr"):
             return
-        for source in dict.fromkeys(self.tensor(n) for n in node.all_input_nodes):
+        for source in dict.fromkeys(map(self.tensor, node.all_input_nodes)):
             value = self._values.get(self._latest.get(source, source))
             if not memory.isdisjoint(_memory(value)):
-                if is_same_tensor(self._values[node], value):
-                    self._same.add(node)
+                if _is_same(self._values[node], value):
+                    self._whole.add(node)
                 self._sources.setdefault(node, []).append(source)
                 self._views.setdefault(source, []).append(node)
 
@@ -182,16 +175,13 @@ class Versions:
             self._set(tensor, self._emit(tensor.op, tensor.target, args, kwargs))
         return self._latest.get(tensor, tensor)
 
-    def value(self, node: fx.Node) -> Any:
-        """What a tensor holds now in the example call."""
-        return self._values[self.current(node)]
-
     # -- writing -----------------------------------------------------------------------------
 
     def is_alone(self, node: fx.Node) -> bool:
-        """Whether no other tensor shares its memory."""
+        """Whether no other tensor shares its memory, and no module holds it."""
         tensor = self.tensor(node)
-        return tensor not in self._sources and tensor not in self._views
+        shared = tensor in self._sources or tensor in self._views
+        return not shared and tensor.op != "get_attr"
 
     def is_unread(self, node: fx.Node) -> bool:
         """Whether changing the tensor in place would be seen by nothing but the writer."""
@@ -201,26 +191,18 @@ class Versions:
     def write(self, node: fx.Node, new: fx.Node) -> None:
         """The tensor of `node` holds `new` from now on, and so does all that shares its memory."""
         tensor = self.tensor(node)
-        group = list(self._group(tensor))
+        group = set(breadth_first([tensor], self._sharing))
         if any(n.op == "get_attr" for n in group):
             raise TraceError(f"{new.name} changes a parameter, buffer or constant in place")
         touched = [n for n in group if n is not tensor and self._overlap(n, tensor, group)]
         self._set(tensor, new)
         followed = self._put_into_sources(tensor, new)
-        reached = self._all_views(followed)
+        remade = set(breadth_first(followed, lambda n: self._views.get(n, ())))
         for other in touched:
-            if other in followed:
-                continue
-            if other in reached:
-                self._stale.add(other)
-            else:
+            if other not in remade:
                 self._lost[other] = new
-
-    def rename(self, node: fx.Node, new: fx.Node) -> None:
-        """The tensor of `node` becomes a view of itself (`x.unsqueeze_(0)`)."""
-        if not self.is_alone(node) or self.tensor(node).op == "get_attr":
-            raise TraceError(f"{new.name} changes the shape of a tensor that is seen elsewhere")
-        self._set(self.tensor(node), new)
+            elif other not in followed:
+                self._stale.add(other)
 
     def _set(self, tensor: fx.Node, node: fx.Node) -> None:
         self._latest[tensor] = node
@@ -259,49 +241,32 @@ class Versions:
 
     # -- who shares what ---------------------------------------------------------------------
 
-    def _group(self, tensor: fx.Node) -> Iterator[fx.Node]:
-        """All tensors that share memory with one, itself among them."""
-        seen, front = {tensor}, [tensor]
-        while front:
-            node = front.pop()
-            yield node
-            for other in itertools.chain(self._sources.get(node, ()), self._views.get(node, ())):
-                if other not in seen:
-                    seen.add(other)
-                    front.append(other)
+    def _sharing(self, tensor: fx.Node) -> Iterable[fx.Node]:
+        return (*self._sources.get(tensor, ()), *self._views.get(tensor, ()))
 
-    def _all_views(self, tensors: list[fx.Node]) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        front = list(tensors)
-        while front:
-            for view in self._views.get(front.pop(), ()):
-                if view not in found:
-                    found.add(view)
-                    front.append(view)
-        return found
-
-    def _overlap(self, first: fx.Node, second: fx.Node, group: list[fx.Node]) -> bool:
+    def _overlap(self, first: fx.Node, second: fx.Node, group: set[fx.Node]) -> bool:
         """Whether two tensors of a group have elements in common; True where that is not known."""
         if sum(n not in self._sources for n in group) != 1:
             return True
-        a, b = self._elements(first), self._elements(second)
-        if a is None or b is None:
+        a, b = (tensors_of(self._elements(tensor)) for tensor in (first, second))
+        if not a or not b:
             return True
-        return bool(torch.isin(_flat(a), _flat(b)).any())
+        flat = [torch.cat([t.flatten() for t in labels]) for labels in (a, b)]
+        return bool(torch.isin(*flat).any())
 
     def _elements(self, tensor: fx.Node) -> Any:
-        """Which elements of its group's base a tensor holds: numbers in the shape of its value."""
+        """Which elements of its group's base a tensor holds: labels in the shape of its value."""
         sources = self._sources.get(tensor, [])
         if not sources:
             return _numbered(self._values[self._latest.get(tensor, tensor)])
         if len(sources) > 1:
             return None
-        numbers = self._elements(sources[0])
-        if numbers is None or tensor in self._same:
-            return numbers
+        labels = self._elements(sources[0])
+        if labels is None or tensor in self._whole:
+            return labels
 
         def pick(node: fx.Node) -> Any:
-            return numbers if self.tensor(node) is sources[0] else self._values[node]
+            return labels if self.tensor(node) is sources[0] else self._values[node]
 
         args, kwargs = fx.map_arg((tensor.args, tensor.kwargs), pick)
         try:
@@ -312,19 +277,12 @@ class Versions:
         return found if shapes[0] == shapes[1] else None
 
 
-def _flat(numbers: Any) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors_of(numbers)])
-
-
 def _numbered(value: Any) -> Any:
-    """Numbers of their own for all elements of a value."""
-    start = 0
+    """Labels of their own for all elements of a value."""
+    sizes = [t.numel() for t in tensors_of(value)]
+    labels = iter(torch.arange(sum(sizes)).split(sizes))
 
     def number(leaf: Any) -> Any:
-        nonlocal start
-        if not isinstance(leaf, Tensor):
-            return leaf
-        start += leaf.numel()
-        return torch.arange(start - leaf.numel(), start, device=leaf.device).view(leaf.shape)
+        return next(labels).to(leaf.device).view(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(number, value)
