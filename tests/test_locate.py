@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgefx.passes.capture import capture
+from dgefx.passes.diagnosis.refusals import refusal_reasons
+from dgefx.passes.layout import Layout
 from dgefx.passes.locate.sites import Site, locate
 from tests.helpers import Attention, images
 
@@ -97,9 +100,34 @@ class Windowed(Parts):
         return x + self.linear(y)
 
 
-def sites(block: nn.Module) -> list[Site]:
+@dataclass
+class Found:
+    """A located block, with its layout and stream, or why there is none."""
+
+    name: str
+    layout: Layout | None
+    shape: tuple[int, ...]
+    reason: str | None
+    kind: str | None
+
+
+def found_in(model: nn.Module, side: int) -> list[Found]:
+    located = locate(capture(model.eval(), (images(2, side),), {}))
+    reasons = refusal_reasons(located)
+    found = []
+    for block in located.blocks:
+        if isinstance(block, Site):
+            shape = block.stream.meta["shape"]
+            found.append(Found(block.name, block.layout, shape, None, None))
+        else:
+            why = reasons[block]
+            found.append(Found(block.name, None, (), why.text, why.kind))
+    return found
+
+
+def sites(block: nn.Module) -> list[Found]:
     torch.manual_seed(0)
-    return locate(capture(Model(block).eval(), (images(2, 32),), {}), 2)
+    return found_in(Model(block), 32)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +150,7 @@ def test_the_block_owns_its_attention(block: nn.Module) -> None:
     (site,) = sites(block)
     assert (site.name, site.reason) == ("block", None)
     assert site.layout is not None and site.layout.grid == (8, 8)
-    assert site.stream is not None and site.stream.meta["shape"] == (2, 64, DIM)
+    assert site.shape == (2, 64, DIM)
 
 
 class Wrapped(nn.Module):
@@ -251,10 +279,9 @@ def test_every_layer_of_a_decoder_has_learned_queries() -> None:
     assert all("starts with learned queries" in str(site.reason) for site in decoder[::2])
 
 
-def timm_sites(name: str, side: int, **options: Any) -> list[Site]:
+def timm_sites(name: str, side: int, **options: Any) -> list[Found]:
     torch.manual_seed(0)
-    model = timm.create_model(name, **options).eval()
-    return locate(capture(model, (images(2, side),), {}), 2)
+    return found_in(timm.create_model(name, **options), side)
 
 
 def test_davit() -> None:

@@ -20,7 +20,7 @@ class Layout:
         output tells H and W; None where patch merging did. update: whether the block hands out what
         is to be added to the stream, not the stream updated. first_only: whether the model reads
         but the first of the tensors that the block hands out.
-    places: raster number of the token at every position behind the prefix, at this size; None:
+    token_order: raster number of the token at every position behind the prefix, at this size; None:
         raster order. Only of orders with one axis of tokens.
     """
 
@@ -29,7 +29,7 @@ class Layout:
     prefix: int
     source: str | None = None
     update: bool = False
-    places: tuple[int, ...] | None = None
+    token_order: tuple[int, ...] | None = None
     first_only: bool = False
 
     @property
@@ -51,13 +51,13 @@ class Layout:
 
     def position(self, token: int) -> int:
         """Position, behind the prefix, of the token with this raster number."""
-        return token if self.places is None else self.places.index(token)
+        return token if self.token_order is None else self.token_order.index(token)
 
     def numbers(self) -> Tensor:
         """(N,) raster number of the token at every position behind the prefix."""
-        if self.places is None:
+        if self.token_order is None:
             return torch.arange(self.grid[0] * self.grid[1])
-        return torch.tensor(self.places)
+        return torch.tensor(self.token_order)
 
     def images(self, shape: tuple[int, ...]) -> int:
         """Images, or parts that count as images, in a stream of this shape."""

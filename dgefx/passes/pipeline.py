@@ -31,13 +31,14 @@ from dgefx.nn.capacity import Plan
 from dgefx.outputs import Call, output_tensors
 from dgefx.passes.attention.registry import form_names
 from dgefx.passes.capture import capture, idle_modules, recording
+from dgefx.passes.diagnosis.refusals import refusal_reasons
 from dgefx.passes.diagnosis.unequal import why_unequal
 from dgefx.passes.errors import Refused, TraceError
 from dgefx.passes.frontends.block_extraction import Extraction, outline
 from dgefx.passes.frontends.inputs import batch_size, resolve_inputs
 from dgefx.passes.frontends.model import check_model, working_copy
 from dgefx.passes.locate.grid_source import Sizes, find_sources, watching_sizes
-from dgefx.passes.locate.sites import Site, locate
+from dgefx.passes.locate.sites import Block, Located, Site, locate
 from dgefx.passes.plan.convert_block import BlocksBefore, convert_block
 from dgefx.passes.plan.cost import count_macs, price
 from dgefx.passes.plan.example import BlockExample
@@ -71,14 +72,21 @@ _RECOGNISED = (
 )
 
 
+Reasons = dict[Block, Reason]
+
+
 @dataclass
 class Analysis:
-    """A verified conversion of a float32 copy (`work`), ready to be priced and installed."""
+    """A verified conversion of a float32 copy (`work`), ready to be priced and installed.
+
+    reasons: why blocks of `located` stay dense.
+    """
 
     work: nn.Module
     call: Call
     images: int
-    sites: list[Site]
+    located: Located
+    reasons: Reasons
     extractions: list[Extraction]
     plans: dict[str, BlockPlan]
     costs: dict[str, BlockCost]
@@ -112,16 +120,18 @@ class Analysis:
             macs=macs / self.images,
             macs_dense=self.macs_dense / self.images,
             floor=self.floor,
-            blocks=tuple(self._block_report(site, chosen.get(site.name)) for site in self.sites),
+            blocks=tuple(
+                self._block_report(block, chosen.get(block.name)) for block in self.located.blocks
+            ),
             held=self.config.capacity is not None,
         )
 
-    def _block_report(self, site: Site, plan: Plan | None) -> BlockReport:
-        name = site.name
+    def _block_report(self, block: Block, plan: Plan | None) -> BlockReport:
+        name = block.name
         if plan is None:
-            kind = site.kind or "other"
-            advice = KINDS[kind].advice
-            return BlockReport(name, "dense", site.reason or "", 1.0, kind=kind, advice=advice)
+            why = self.reasons[block]
+            advice = KINDS[why.kind].advice
+            return BlockReport(name, "dense", why.text, 1.0, kind=why.kind, advice=advice)
         cost, layout = self.costs[name], self.plans[name].layout
         ratio = cost.macs(plan) / max(cost.dense, 1)
         shape = (plan.capacities, layout.grid, layout.prefix)
@@ -170,26 +180,34 @@ def analyse(
         _require_finite(output)
         extractions = outline(work, call)
         captured = capture(work, *call)
-        sites = locate(captured, batch_size(call))
-        if not sites and must_convert:
+        located = locate(captured)
+        if not located.blocks and must_convert:
             raise ValueError(
                 f"no attention blocks found in {type(model).__name__}: looked for "
                 f"{', '.join(form_names())} among {len(captured.graph.nodes)} operations of one "
                 f"forward pass. {_RECOGNISED}"
             )
-        _leave_out(sites, model, work, filter_fn)
-        observed = observe(work, call, {site.name for site in sites if site.reason is None})
-        plans = _convert_blocks(model, work, sites, observed, config)
-        _require_plans(work, sites, plans, must_convert, set(observed.calls))
+        reasons: Reasons = refusal_reasons(located)
+        reasons |= _left_out(located.sites, model, work, filter_fn)
+        for block in located.blocks:
+            why = reasons.get(block)
+            decided = block.layout if isinstance(block, Site) else None
+            log_stage(block.name, "located", decided if why is None else why.text)
+        sites = [site for site in located.sites if site not in reasons]
+        observed = observe(work, call, {site.name for site in sites})
+        plans = _convert_blocks(model, work, sites, observed, config, reasons)
+        _require_plans(work, located, reasons, plans, must_convert, set(observed.calls))
         costs = price(work, plans, observed.calls, config.bounded())
         for name, cost in costs.items():
             log_stage(name, "price in MACs", (cost.dense, cost.macs(cost.plans[0])))
-        plans, costs = _worthwhile(work, sites, plans, costs, must_convert)
+        plans, costs = _worthwhile(work, located, reasons, plans, costs, must_convert)
         if plans:
             plans = find_sources(plans, observed.sizes, work, call)
             install_and_verify(work, plans, call, output, config.bounded())
     images = batch_size(call)
-    return Analysis(work, call, images, sites, extractions, plans, costs, observed.macs, config)
+    return Analysis(
+        work, call, images, located, reasons, extractions, plans, costs, observed.macs, config
+    )
 
 
 def _named(model: nn.Module, work: nn.Module, name: str) -> nn.Module:
@@ -211,32 +229,33 @@ def _require_finite(output: Any) -> None:
         )
 
 
-def _leave_out(
+def _left_out(
     sites: list[Site], model: nn.Module, work: nn.Module, filter_fn: FilterFn | None
-) -> None:
-    """Refuse blocks that cannot be replaced, and those that the user wants dense."""
+) -> Reasons:
+    """Of blocks that cannot be replaced, and of those that the user wants dense."""
+    reasons: Reasons = {}
     for site in sites:
-        if site.reason is not None:
-            continue
         # the wrapper would go on calling the module that it was given
         if site.name.rpartition(".")[2] == "_orig_mod":
-            site.refuse(_COMPILED)
+            reasons[site] = _COMPILED
         elif filter_fn is not None and not filter_fn(_named(model, work, site.name), site.name):
-            site.refuse(_FILTERED)
+            reasons[site] = _FILTERED
+    return reasons
 
 
 def _convert_blocks(
-    model: nn.Module, work: nn.Module, sites: list[Site], observed: Observed, config: DGEConfig
+    model: nn.Module,
+    work: nn.Module,
+    sites: list[Site],
+    observed: Observed,
+    config: DGEConfig,
+    reasons: Reasons,
 ) -> dict[str, BlockPlan]:
-    """Plans of all blocks that equal their dense ones; what fails becomes the site's reason."""
+    """Plans of all blocks that equal their dense ones; what fails becomes a reason."""
     plans: dict[str, BlockPlan] = {}
     types: dict[str, torch.dtype] = {}
     before = BlocksBefore(plans, types, GraphCache())
     for site in sites:
-        log_stage(site.name, "located", site.reason or site.layout)
-        if site.reason is not None:
-            continue
-        assert site.layout is not None and site.stream is not None
         block = work.get_submodule(site.name)
         # caches that the example run filled, without gradients, are emptied by train()
         block.train().eval()
@@ -250,8 +269,8 @@ def _convert_blocks(
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a block is user code: whatever it raises is its reason
-            site.refuse(_reason(example, error))
-            log_stage(site.name, "refused", site.reason)
+            reasons[site] = _reason(example, error)
+            log_stage(site.name, "refused", reasons[site].text)
         else:
             plans[site.name] = plan
     return plans
@@ -274,7 +293,8 @@ def _reason(example: BlockExample, error: Exception) -> Reason:
 
 def _require_plans(
     work: nn.Module,
-    sites: list[Site],
+    located: Located,
+    reasons: Reasons,
     plans: Mapping[str, BlockPlan],
     must_convert: bool,
     tried: set[str],
@@ -284,19 +304,20 @@ def _require_plans(
     Args:
         tried: names of blocks that might have converted.
     """
-    for site in sites:
-        types = _foreign_weights(work.get_submodule(site.name)) if site.name in tried else set()
-        if site.reason is None or not types:
+    for block, why in reasons.items():
+        types = _foreign_weights(work.get_submodule(block.name)) if block.name in tried else set()
+        if not types:
             continue
         # where a refused block's weights are of a type that is not torch's own, that is why
         names = " and ".join(sorted(types))
-        site.refuse(Reason(f"{site.reason}. {_QUANTISED.format(names)}", "quantised"))
+        reasons[block] = Reason(f"{why.text}. {_QUANTISED.format(names)}", "quantised")
         if must_convert:
-            raise ValueError(f"block {site.name} cannot be converted: {site.reason}")
+            raise ValueError(f"block {block.name} cannot be converted: {reasons[block].text}")
     if not plans and must_convert:
-        reasons = [(site.name, " ".join((site.reason or "").split())) for site in sites]
-        looked = "\n".join(f"  {line}" for line in reason_lines(reasons))
-        advice = "\n".join(f"- {line}" for line in advice_lines(site.kind or "" for site in sites))
+        told = [(block.name, " ".join(reasons[block].text.split())) for block in located.blocks]
+        looked = "\n".join(f"  {line}" for line in reason_lines(told))
+        kinds = (reasons[block].kind for block in located.blocks)
+        advice = "\n".join(f"- {line}" for line in advice_lines(kinds))
         raise ValueError(
             f"no attention block could be converted; looked at\n{looked}\nwhat to do:\n{advice}"
         )
@@ -304,21 +325,22 @@ def _require_plans(
 
 def _worthwhile(
     work: nn.Module,
-    sites: list[Site],
+    located: Located,
+    reasons: Reasons,
     plans: dict[str, BlockPlan],
     costs: dict[str, BlockCost],
     must_convert: bool,
 ) -> tuple[dict[str, BlockPlan], dict[str, BlockCost]]:
     """Without blocks that cost as much as the dense one even at their coarsest."""
     dear = {name for name, cost in costs.items() if cost.macs(cost.plans[0]) >= cost.dense}
-    for site in sites:
+    for site in located.sites:
         if site.name in dear:
             cost = costs[site.name]
             share = cost.macs(cost.plans[0]) / max(cost.dense, 1)
             text = f"nothing to save: even at its coarsest it costs {share:.2f} of the dense one"
-            site.refuse(Reason(text, "nothing to save"))
+            reasons[site] = Reason(text, "nothing to save")
     plans = {name: plan for name, plan in plans.items() if name not in dear}
-    _require_plans(work, sites, plans, must_convert, dear)
+    _require_plans(work, located, reasons, plans, must_convert, dear)
     return plans, {name: costs[name] for name in plans}
 
 

@@ -107,7 +107,8 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 def _reasons(family: str, config: DGEConfig | None = None) -> list[str | None]:
     model, x = FAMILIES[family]()
     found = analyse(model, (x,), config or DGEConfig(), None, must_convert=False)
-    return [None if site.reason is None else str(site.reason) for site in found.sites]
+    reasons = [found.reasons.get(block) for block in found.located.blocks]
+    return [None if reason is None else reason.text for reason in reasons]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,7 +223,7 @@ def test_blocks_of_a_structure_that_was_refused_are_not_taken_on_trust() -> None
     with mock.patch.object(constants, "_hierarchy_rows", _first_rows):
         x = images(2, 64)
         found = analyse(randomise(model).eval(), (x,), DGEConfig(), None, must_convert=False)
-    assert all("un-pool" in str(site.reason) for site in found.sites) and len(found.sites) == 3
+    assert ["un-pool" in reason.text for reason in found.reasons.values()] == [True] * 3
 
 
 # -- masks: a query sees the keys that all its tokens see ------------------------------------

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from dgefx.passes.errors import Refused
-from dgefx.passes.layout import Layout
 from dgefx.passes.ops import argument, full_name, op_name
 from dgefx.passes.reasons import Reason
 
@@ -153,22 +152,6 @@ class AttentionForm:
             return None
         edges = frozenset((node, place) for place in places[1:])
         return AttentionCore(self, query, key, value, node, edges, (self.query_axis,))
-
-    def query_count(self, core: AttentionCore, layout: Layout, batch: int) -> int:
-        """Queries per image by the shape of captured queries: all windows of all sizes together.
-
-        Args:
-            batch: images in the example.
-        """
-        query, grid = core.query.meta["shape"], layout.grid[0] * layout.grid[1]
-        axis = core.query_axes[0]
-        count, lead = query[axis], query[: min(axis, -2)]
-        if count in (layout.tokens, grid) or len(lead) < 2:
-            return int(count)
-        # (images and windows, heads) or (images, windows, heads) in any order of the last two
-        merged = [lead[0]] if len(lead) == 2 else [lead[0] * n for n in lead[1:]]
-        fitting = [n // batch * count for n in merged if n % batch == 0]
-        return int(min((n for n in fitting if n >= grid), default=count))
 
     def refusal(self, node: Node) -> Reason | None:
         """Why a call cannot convert, by the arguments it is given; None if it can."""

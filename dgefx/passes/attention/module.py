@@ -10,7 +10,6 @@ from torch.fx import Node
 from dgefx.kernels.packed_attention import packed_multi_head_attention
 from dgefx.passes.attention.core import PER_IMAGE, AttentionCore, AttentionForm
 from dgefx.passes.errors import Refused
-from dgefx.passes.layout import Layout
 from dgefx.passes.ops import argument
 from dgefx.passes.reasons import Reason
 from dgefx.passes.trace.copies import HOOKED
@@ -25,11 +24,6 @@ class ModuleAttention(AttentionForm):
 
     def __init__(self) -> None:
         super().__init__("multi_head_attention_forward")
-
-    def query_count(self, core: AttentionCore, layout: Layout, batch: int) -> int:
-        """The captured function takes tokens first."""
-        tokens, images = core.query.meta["shape"][:2]
-        return int(tokens * max(images // batch, 1))
 
     def refusal(self, node: Node) -> Reason | None:
         if not isinstance(node.kwargs.get("attn_mask"), Node):

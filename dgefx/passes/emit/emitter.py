@@ -139,7 +139,7 @@ class QueryGraphEmitter:
 
     def _require_raster_slots(self) -> None:
         """Slots of the whole image as one window are numbered in raster order."""
-        if self.layout.places is None:
+        if self.layout.token_order is None:
             return
         for node in self.in_slots:
             if self.forms[node].kind == "tokens":
@@ -201,7 +201,7 @@ class QueryGraphEmitter:
         self.grid = self._grid(stream)
         #: of a stream in another order than raster; None otherwise
         self.token_order: fx.Node | None = None
-        if self.layout.places is not None:
+        if self.layout.token_order is not None:
             self.token_order = self.graph.create_node("get_attr", "dge_router.token_order")
             self.tokens = call(raster_tokens, (self.tokens, self.token_order, self.grid))
         self.routing = self.graph.call_module("dge_router", (self.tokens, self.grid))
@@ -906,7 +906,7 @@ class QueryGraphEmitter:
 
     def _require_unmerged(self, node: fx.Node, form: TokenAxes) -> None:
         """Merged with images, tokens in another order than raster are not gathered."""
-        if form.kind == "batch_merged" and self.layout.places is not None:
+        if form.kind == "batch_merged" and self.layout.token_order is not None:
             raise Refused(
                 f"{node.name} mixes tokens with images merged into another axis", "mixes tokens"
             )

@@ -1,6 +1,6 @@
 """Which nodes of a flat `fx.Graph` are a block: from a residual stream to its last update.
 
-Residual adds around attention are found by `passes.locate.sites`, on a capture of the graph module
+Residual adds around attention are found by `passes.locate.residual`, on a capture of the graph module
 in which every operation is known by the node that made it. The block goes on from there, to the
 last value of the stream's shape that uses more of the block's container, or adds an update to the
 stream, before another attention reads on. `passes.frontends.block_extraction` makes modules of the
@@ -21,9 +21,9 @@ from torch import Tensor, fx
 from dgefx.outputs import Call
 from dgefx.passes.attention.registry import find_cores
 from dgefx.passes.capture import Recorder, capture, example_of
-from dgefx.passes.locate.sites import Residual, _Residuals
+from dgefx.passes.locate.refusal import Cause
+from dgefx.passes.locate.residual import Residual, Residuals
 from dgefx.passes.ops import op_name
-from dgefx.passes.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class _Finder:
 
     def find(self) -> list[GraphBlock]:
         """The graph's blocks, in order, without a node in common."""
-        residuals = _Residuals(self.seen.graph)
+        residuals = Residuals(self.seen.graph)
         cores = find_cores(self.seen.graph, example_of)
         starts = [self._start(residuals.around(core)) for core in cores]
         names = {start: self._names(self._body(*start)) for start in starts if start is not None}
@@ -145,7 +145,7 @@ class _Finder:
                 taken |= set(block.body)
         return self._placed(blocks)
 
-    def _start(self, residual: Residual | Reason) -> tuple[int, int] | None:
+    def _start(self, residual: Residual | Cause) -> tuple[int, int] | None:
         """(the stream's last node that leads to its add by itself, the add), if both are nodes of
         this graph, not of a module that it calls."""
         if not isinstance(residual, Residual):

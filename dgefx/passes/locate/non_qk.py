@@ -24,7 +24,7 @@ _FORM = AttentionForm("softmax")
 class _Tokens(GridFinder):
     def vary(self, node: Node, axes: tuple[int, ...]) -> bool | None:
         """Whether different tokens lie along an axis of a value; None where that is not known."""
-        numbers = self._numbers(node)
+        numbers = self.token_ids(node)
         if numbers is None or numbers.ids.dim() < max(-axis for axis in axes):
             return None
         return any(varies(numbers.ids, axis) for axis in axes)

@@ -93,7 +93,7 @@ def smallest_call(
 
     def calls() -> Iterator[BlockExample]:
         height, width = plan.layout.grid
-        if plan.layout.places is None and _is_movable(plan):
+        if plan.layout.token_order is None and _is_movable(plan):
             for grid in ((2, 3), (height // 2, width // 2)):
                 if min(grid) > 1:
                     yield example.at_grid(grid)
@@ -289,7 +289,7 @@ class MaskForms:
             Refused: it differs.
         """
         whole, others = self.plan.layout, []
-        if plan.layout.grid == whole.grid and whole.places is None and not self.plan.only_here:
+        if plan.layout.grid == whole.grid and whole.token_order is None and not self.plan.only_here:
             others = sorted(other_grids(whole.grid, self.example.images), key=lambda g: g[0] * g[1])
         plan = dataclasses.replace(plan.tried(), layout=whole)
         dense = randomised(self.example.block)

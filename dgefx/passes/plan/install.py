@@ -43,7 +43,7 @@ def build_block(
         plan.windows,
         plan.fixed_slots,
         plan.stencils,
-        layout.places,
+        layout.token_order,
         plan.only_here,
     )
     router.train(dense.training)

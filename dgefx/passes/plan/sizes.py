@@ -120,7 +120,7 @@ def held_sizes(example: BlockExample, plan: BlockPlan, config: DGEConfig) -> Hel
         rule = asked.window_rule(plan.windows, (tall, wide))
         if plan.has_questions and not rule.fixed:
             asked.hold(3 * tall, 2 * wide)  # what min(H, W) and max(H, W) are, as well
-    elif plan.layout.places is None and not has_parts(plan.layout.order):
+    elif plan.layout.token_order is None and not has_parts(plan.layout.order):
         others = other_grids(plan.layout.grid, example.images)
         if plan.has_questions:
             others += [(width, height) for height, width in others if height != width]

@@ -65,7 +65,7 @@ def _smaller(example: BlockExample, plan: BlockPlan) -> Iterator[tuple[BlockExam
     may take longer than all else."""
     layout = plan.layout
     grids = [layout.grid]
-    movable = layout.places is None and not has_parts(layout.order)
+    movable = layout.token_order is None and not has_parts(layout.order)
     window = None if plan.windows is None else plan.windows.size
     if movable and window is not None:
         few = (2 * window[0], 3 * window[1])

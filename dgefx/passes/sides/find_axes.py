@@ -244,7 +244,7 @@ class TokenAxesFinder:
         self, node: fx.Node, changes: list[Tensor], value: Tensor, batch: int | None
     ) -> TokenAxes | None:
         """The image's own grid, where movement puts the tokens of a stream in another order."""
-        if self.layout.places is None:
+        if self.layout.token_order is None:
             return None
         planes = [form for form in self.candidates(value, batch) if form.kind == "grid"]
         return next((form for form in planes if self._is_at(form, node, changes, value)), None)

@@ -124,7 +124,7 @@ class WindowAxesFinder:
             line = [1] * len(shape)
             line[form.axes[0]] = shape[form.axes[0]]
             every = torch.arange(shape[form.axes[0]])
-            if self.layout.places is not None and len(every) % count == 0:
+            if self.layout.token_order is not None and len(every) % count == 0:
                 every = every // count * count + self.layout.numbers().repeat(len(every) // count)
             return (every + 1).view(line).expand(shape)
         sizes = [shape[axis] for axis in form.axes]
@@ -137,7 +137,7 @@ class WindowAxesFinder:
         images[form.batch] = shape[form.batch]
         first = torch.arange(shape[form.batch]).view(images) * count
         tokens = torch.arange(count)
-        if self.layout.places is not None and form.kind == "tokens":
+        if self.layout.token_order is not None and form.kind == "tokens":
             tokens = self.layout.numbers()
         return (first + tokens.view(place) + 1).expand(shape)
 
@@ -178,7 +178,7 @@ class WindowAxesFinder:
     def read(self, node: fx.Node) -> None:
         numbers = self.numbers(node, self.base, self.layout.grid)
         images = self._images(self.trace.values)
-        permuted = self.layout.places is not None
+        permuted = self.layout.token_order is not None
         found = read_partition(numbers, images, self.layout.grid, self.slots, permuted)
         if self.partition is not None:
             if found is not None:
@@ -256,7 +256,7 @@ class WindowAxesFinder:
         asks the dense block itself."""
         if self.partition is None or self.landing is None:
             return WindowRule()
-        if any(self.cuts) or self.layout.places is not None:
+        if any(self.cuts) or self.layout.token_order is not None:
             return fixed_rule(self.partition, self.cuts)
         rules = candidate_rules(self.partition)
         tall, wide = self.partition.size

@@ -1,0 +1,140 @@
+"""The module that a residual stream and its update belong to. Step of `passes.locate.sites`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from dgefx.passes.attention.core import AttentionCore
+from dgefx.passes.attention.registry import form_of
+from dgefx.passes.capture import Capture
+from dgefx.passes.locate.grid import GridFinder
+from dgefx.passes.locate.refusal import Cause
+from dgefx.passes.locate.residual import SAME, Residual, Residuals
+from dgefx.passes.ops import Op, named, op_name
+from dgefx.passes.walk import breadth_first
+
+#: lets tokens see each other; a path through it is the update, not the stream
+_ATTENDS = named(Op.PRODUCT) | {"softmax"}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module that takes a stream and gives it, or its update, back.
+
+    stream: its input. first_only: whether it returns several tensors, of which the model reads the
+    first alone. update: whether it gives back what is to be added to the stream.
+    """
+
+    module: str
+    stream: Node
+    first_only: bool
+    update: bool = False
+
+
+def _is_inside(node: Node, module: str) -> bool:
+    return node.op.startswith("call_") and module in node.meta["stack"]
+
+
+def _boundary(graph: Graph, module: str) -> tuple[set[Node], set[Node]]:
+    """(values that enter `module`, values that leave it)."""
+    entering: set[Node] = set()
+    leaving: set[Node] = set()
+    for node in graph.nodes:
+        inside = _is_inside(node, module)
+        for source in node.all_input_nodes:
+            if inside and not _is_inside(source, module):
+                entering.add(source)
+            elif not inside and _is_inside(source, module):
+                leaving.add(source)
+    return {node for node in entering if node.op != "get_attr"}, leaving
+
+
+def _first_alone(capture: Capture, module: str, output: Node) -> bool:
+    """Whether `output`, all that leaves the module, is the first of the tensors it returns."""
+    results = capture.results.get(module, [])
+    return len(results) > 1 and results[0] is output
+
+
+def _skips_to(output: Node, streams: Container[Node]) -> Node | None:
+    """The nearest of `streams` that `output` is, plus something: reachable backwards by adds, data
+    movement, casts, scaling and dropout alone."""
+
+    def before(node: Node) -> list[Node]:
+        if not node.op.startswith("call_"):
+            return []
+        name = op_name(node)
+        sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        scaled = name in ("mul", "div") and len(sources) == 1
+        return sources if name == "add" or name in SAME or scaled else []
+
+    return next((node for node in breadth_first([output], before) if node in streams), None)
+
+
+def _size(node: Node) -> int:
+    return math.prod(node.meta.get("shape", (0,)))
+
+
+def _keeps(output: Node, earlier: Node) -> bool:
+    """Whether `output` is `earlier` updated: a path without attention leads there on which every
+    value has as many elements."""
+    size = _size(earlier)
+
+    def before(node: Node) -> list[Node]:
+        if not node.op.startswith("call_") or op_name(node) in _ATTENDS or form_of(node):
+            return []
+        return [n for n in node.all_input_nodes if _size(n) == size]
+
+    return any(node is earlier for node in breadth_first([output], before))
+
+
+def stream_owner(capture: Capture, core: AttentionCore, residual: Residual) -> Owner | Cause:
+    """The innermost module that takes the stream and gives it back updated."""
+    around_add = residual.add.meta["stack"]
+    for module in reversed([n for n in core.output.meta["stack"] if n in around_add]):
+        entering, leaving = _boundary(capture.graph, module)
+        entry = _skips_to(residual.stream, entering)
+        if entry is None:
+            continue
+        runs = capture.frames.get(module, 0)
+        if runs != 1:
+            return Cause("runs repeatedly", (module, runs))
+        if len(leaving) != 1:
+            return Cause("several outputs", (module, len(leaving)))
+        (output,) = leaving
+        before, after = entry.meta["shape"], output.meta.get("shape") or ()
+        if before != after:
+            return Cause("another shape", (module, before, after))
+        if not _keeps(output, residual.add):
+            return Cause("another size", (module,))
+        if not module:
+            return Cause("whole model")
+        return Owner(module, entry, _first_alone(capture, module, output))
+    return Cause("no owner")
+
+
+def update_owner(
+    capture: Capture, core: AttentionCore, residuals: Residuals, finder: GridFinder
+) -> Owner | None:
+    """The innermost module that takes tokens and gives back their update.
+
+    For an attention whose residual add is in no module of its own: next to another branch, or in a
+    module that goes on to other shapes. Everything around the attention stays dense then.
+    """
+    parts, asked = (core.query, core.key, core.value), finder.count(core.query)
+    for module in reversed(core.output.meta["stack"]):
+        entering, leaving = _boundary(capture.graph, module)
+        if not module or capture.frames.get(module, 0) != 1 or len(leaving) != 1 or asked is None:
+            continue
+        (output,) = leaving
+        for entry in entering:
+            if entry.meta["shape"] != output.meta.get("shape"):
+                continue
+            held = finder.count(entry)
+            known = held is not None and held.tokens == asked.tokens
+            if known and all(residuals.descends(part, entry) for part in parts):
+                return Owner(module, entry, _first_alone(capture, module, output), update=True)
+    return None
