@@ -148,7 +148,7 @@ def install_analysis(
             f"up to {predicted:.3f}: some of them do not run as converted. Please report it"
         )
     apply_extractions(target, analysis.extractions)
-    install(target, analysis.plans, chosen, analysis.config)
+    install(target, analysis.plans, analysis.sources, chosen, analysis.config)
     record = Record(
         analysis.config,
         gamma,

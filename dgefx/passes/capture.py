@@ -24,15 +24,31 @@ from dgefx.outputs import Call, clone_call, tensors_in
 from dgefx.passes.trace.wrapped_functions import seen_functions
 
 
+@dataclass(frozen=True)
+class ModuleCall:
+    """args, kwargs: nodes in the place of tensors, None for one that the graph does not know.
+    output: the tensor that was returned, or all that were, where they are in a container."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: fx.Node | tuple[fx.Node, ...]
+
+
 @dataclass
 class Capture:
     """The flat graph. Node meta: `shape`, `dtype`, `stack` (names of the modules it ran in,
-    outermost first, each with its call count); `index`: the value of a constant that may be one."""
+    outermost first, each with its call count); `index`: the value of a constant that may be one.
+
+    calls: of each module that ran, by name, in the order in which they first began.
+    """
 
     graph: fx.Graph
     output: Any
-    frames: dict[str, int] = field(default_factory=dict)  # calls per module
-    results: dict[str, list[fx.Node]] = field(default_factory=dict)  # of a module's last call
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
+
+    def runs(self, module: str) -> int:
+        """How often a module ran."""
+        return len(self.calls.get(module, ()))
 
 
 class Recorder(TorchFunctionMode):
@@ -165,27 +181,27 @@ _getitem.__name__ = "getitem"
 
 
 @contextlib.contextmanager
-def _module_frames(
-    model: nn.Module, recorder: Recorder, frames: dict[str, int], results: dict[str, list[fx.Node]]
-) -> Iterator[None]:
-    """Keeps the recorder's stack of running modules, and notes how often they run and what
-    modules with several results return."""
+def _module_calls(model: nn.Module, recorder: Recorder) -> Iterator[dict[str, list[ModuleCall]]]:
+    """Keeps the recorder's stack of running modules, and notes their calls."""
+    calls: dict[str, list[ModuleCall]] = {}
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
 
             def enter(_m: nn.Module, _a: Any, name: str = name) -> None:
                 recorder.stack.append(name)
-                frames[name] = frames.get(name, 0) + 1
+                calls.setdefault(name, [])
 
-            def leave(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
+            def leave(_m: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                 recorder.stack.pop()
-                if not isinstance(output, Tensor):
-                    nodes = (recorder.nodes.get(tensor) for tensor in tensors_in(output))
-                    results[name] = [node for node in nodes if node is not None]
+                given: Call = pytree.tree_map_only(Tensor, recorder.nodes.get, (args, kwargs))
+                found = [recorder.nodes.get(tensor) for tensor in tensors_in(output)]
+                nodes = tuple(node for node in found if node is not None)
+                alone = isinstance(output, Tensor) and nodes
+                calls[name].append(ModuleCall(given[0], given[1], nodes[0] if alone else nodes))
 
             hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
-            hooks.enter_context(module.register_forward_hook(leave))
-        yield
+            hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
+        yield calls
 
 
 def capture(
@@ -202,17 +218,14 @@ def capture(
         recorder: writes the graph; one for `model`, of one's own to ask it meanwhile.
     """
     recorder = recorder or Recorder(model)
-    frames: dict[str, int] = {}
-    given: dict[str, list[fx.Node]] = {}
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     for index, leaf in enumerate(leaves):
         recorder.input(leaf, f"input_{index}")
-    frames_of = _module_frames(model, recorder, frames, given)
-    with torch.no_grad(), seen_functions(model), frames_of, recorder:
+    with torch.no_grad(), seen_functions(model), _module_calls(model, recorder) as calls, recorder:
         output = model(*args, **kwargs)
     results = tensors_in(output)
     recorder.graph.output(tuple(recorder.node_of(value) for value in results))
-    return Capture(recorder.graph, output, frames, given)
+    return Capture(recorder.graph, output, calls)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from dgefx.passes.errors import Refused, TraceError
 from dgefx.passes.frontends.block_extraction import Extraction, outline
 from dgefx.passes.frontends.inputs import batch_size, resolve_inputs
 from dgefx.passes.frontends.model import check_model, working_copy
-from dgefx.passes.locate.grid_source import Sizes, find_sources, watching_sizes
+from dgefx.passes.locate.grid_source import GridSource, find_sources
 from dgefx.passes.locate.sites import Block, Located, Site, locate
 from dgefx.passes.plan.convert_block import BlocksBefore, convert_block
 from dgefx.passes.plan.cost import count_macs, price
@@ -79,7 +79,7 @@ Reasons = dict[Block, Reason]
 class Analysis:
     """A verified conversion of a float32 copy (`work`), ready to be priced and installed.
 
-    reasons: why blocks of `located` stay dense.
+    reasons: why blocks of `located` stay dense. sources: who tells blocks their grid.
     """
 
     work: nn.Module
@@ -87,6 +87,7 @@ class Analysis:
     images: int
     located: Located
     reasons: Reasons
+    sources: dict[str, GridSource]
     extractions: list[Extraction]
     plans: dict[str, BlockPlan]
     costs: dict[str, BlockCost]
@@ -141,20 +142,18 @@ class Analysis:
 @dataclass(frozen=True)
 class Observed:
     """One run of the dense model on its example. calls: of the blocks, by name. idle: modules that
-    hand on what they get. sizes: that modules take and give."""
+    hand on what they get."""
 
     calls: Mapping[str, Call]
     idle: set[str]
-    sizes: Sizes
     macs: int
 
 
 def observe(work: nn.Module, call: Call, names: set[str]) -> Observed:
     """Run the model once and look at its blocks."""
-    looking = watching_sizes(work, call, names)
-    with recording(work, names) as calls, idle_modules(work) as idle, looking as sizes:
+    with recording(work, names) as calls, idle_modules(work) as idle:
         macs = count_macs(work, *call)
-    return Observed(calls, idle, sizes, macs)
+    return Observed(calls, idle, macs)
 
 
 def analyse(
@@ -201,13 +200,13 @@ def analyse(
         for name, cost in costs.items():
             log_stage(name, "price in MACs", (cost.dense, cost.macs(cost.plans[0])))
         plans, costs = _worthwhile(work, located, reasons, plans, costs, must_convert)
+        asking = {name for name, plan in plans.items() if plan.needs_grid_shape}
+        sources = find_sources(located, plans, asking, work, call)
         if plans:
-            plans = find_sources(plans, observed.sizes, work, call)
-            install_and_verify(work, plans, call, output, config.bounded())
-    images = batch_size(call)
-    return Analysis(
-        work, call, images, located, reasons, extractions, plans, costs, observed.macs, config
-    )
+            install_and_verify(work, plans, sources, call, output, config.bounded())
+    images, macs = batch_size(call), observed.macs
+    found = (located, reasons, sources, extractions, plans, costs)
+    return Analysis(work, call, images, *found, macs, config)
 
 
 def _named(model: nn.Module, work: nn.Module, name: str) -> nn.Module:

@@ -46,7 +46,7 @@ def alone(model: nn.Module, plan: BlockPlan, call: Call) -> BlockPlan:
 
 
 FIELDS = (
-    "layout channels spec needs_grid_shape hook_source exact_at_any_level windows fixed_slots "
+    "layout channels spec needs_grid_shape exact_at_any_level windows fixed_slots "
     "tokens_apart rank stencils only_here"
 ).split()
 

@@ -7,10 +7,10 @@ Where such a cause says little, the capture is looked at once more, for what was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from dgefx.passes.attention.core import AttentionCore
+from dgefx.passes.capture import Capture
 from dgefx.passes.diagnosis.no_layout import why_no_layout
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.refusal import Refusal
@@ -203,24 +203,25 @@ def _asks_with_learned(core: AttentionCore, cores: tuple[AttentionCore, ...]) ->
 
 def _encoders(refused: list[Refusal], located: Located) -> set[str]:
     """Modules that run their patch embedding as often as their blocks, which is several times."""
-    frames, found = located.capture.frames, set()
+    found = set()
     for refusal in refused:
         if refusal.cause.name != "runs repeatedly" or refusal.stream is None:
             continue
         module, runs = refusal.cause.facts
         layout = located.finder.layout(refusal.stream)
         source = layout.source if isinstance(layout, Layout) else None
-        if source is not None and frames.get(source) == runs:
-            found.add(_around(module, source, frames))
+        if source is not None and located.capture.runs(source) == runs:
+            found.add(_around(module, source, located.capture))
     return found
 
 
-def _around(module: str, source: str, frames: Mapping[str, int]) -> str:
+def _around(module: str, source: str, capture: Capture) -> str:
     """The innermost module that holds both, one that is called as often where there is one."""
     parts = list(zip(module.split("."), source.split("."), strict=False))
     same = next((i for i, (a, b) in enumerate(parts) if a != b), len(parts))
     names = [".".join(module.split(".")[:count]) for count in range(same, 0, -1)]
-    return next((n for n in names if frames.get(n) == frames[source]), (names or [""])[0])
+    runs = capture.runs(source)
+    return next((n for n in names if capture.runs(n) == runs), (names or [""])[0])
 
 
 def _repeated(module: str, runs: int, encoders: set[str]) -> Reason:

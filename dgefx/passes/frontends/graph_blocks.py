@@ -1,7 +1,7 @@
 """Which nodes of a flat `fx.Graph` are a block: from a residual stream to its last update.
 
-Residual adds around attention are found by `passes.locate.residual`, on a capture of the graph module
-in which every operation is known by the node that made it. The block goes on from there, to the
+Residual adds around attention are found by `passes.locate.residual`, on a capture of the module in
+which every operation is known by the node that made it. The block goes on from there, to the
 last value of the stream's shape that uses more of the block's container, or adds an update to the
 stream, before another attention reads on. `passes.frontends.block_extraction` makes modules of the
 blocks.

@@ -8,10 +8,8 @@ asked of the dense model at another image size.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,99 +17,64 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dgefx.nn.grid_shape import Size
-from dgefx.nn.image_hook import first_image, grids_of
+from dgefx.nn.image_hook import grids_of
 from dgefx.outputs import Call
-from dgefx.passes.capture import Recorder, capture
+from dgefx.passes.capture import Capture, capture
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.grid import GridFinder
-from dgefx.passes.plan.plan import BlockPlan, ImageSource
+from dgefx.passes.locate.sites import Located
 
 
-@dataclasses.dataclass
-class Sizes:
-    """What a run showed. outputs: by module, the planes that it gave; None: something else.
-    images: modules that took an image before any block ran, innermost last, and its size."""
+@dataclass(frozen=True)
+class ImageSource:
+    """The module whose input tells the grid; size, stride: see `ImageHook`."""
 
-    outputs: dict[str, set[Size | None]]
-    images: dict[str, Size]
-
-    def tells(self, module: str, grid: Size) -> bool:
-        """Whether the module's output is the grid."""
-        return self.outputs.get(module) == {grid}
+    module: str
+    size: Size
+    stride: Size | None
 
 
-def _image_sizes(call: Call) -> set[Size]:
-    leaves = [v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.dim() == 4]
-    return {(leaf.shape[2], leaf.shape[3]) for leaf in leaves}
-
-
-@contextlib.contextmanager
-def watching_sizes(model: nn.Module, call: Call, blocks: set[str]) -> Iterator[Sizes]:
-    """Look at the sizes that modules take and give while `model` runs; known when that ends.
-
-    Args:
-        call: that it is run on. blocks: what may convert.
-    """
-    wanted, sizes, calls = _image_sizes(call), Sizes({}, {}), Counter[str]()
-    begun: set[str] = set()
-    handles = []
-    for name, module in model.named_modules():
-        told = sizes if _keeps_hooks(module) else Sizes({}, {})
-
-        def enter(
-            _m: nn.Module, args: Any, kwargs: Any, name: str = name, told: Sizes = told
-        ) -> None:
-            calls[name] += 1
-            begun.update({name} & blocks)
-            image = None if begun else first_image(args, kwargs)
-            if image is not None and (size := (image.shape[2], image.shape[3])) in wanted:
-                told.images[name] = size
-
-        def leave(
-            _m: nn.Module, _a: Any, output: Any, name: str = name, told: Sizes = told
-        ) -> None:
-            plane = isinstance(output, Tensor) and output.dim() == 4
-            size = (output.shape[2], output.shape[3]) if plane else None
-            told.outputs.setdefault(name, set()).add(size)
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield sizes
-    finally:
-        for handle in handles:
-            handle.remove()
-        sizes.images = {name: size for name, size in sizes.images.items() if calls[name] == 1}
+#: a module whose output is the grid, or one that takes the image; None: nobody tells
+GridSource = str | ImageSource | None
 
 
 def find_sources(
-    plans: dict[str, BlockPlan], sizes: Sizes, model: nn.Module, call: Call
-) -> dict[str, BlockPlan]:
-    """The plans with the module that tells each of them the grid, if any does.
+    located: Located,
+    converted: Collection[str],
+    asking: Collection[str],
+    model: nn.Module,
+    call: Call,
+) -> dict[str, GridSource]:
+    """Who tells each block its grid.
 
     Args:
-        sizes: of a run of `model`, dense and in eval mode, on `call`.
+        converted: names of the blocks that convert. asking: those that do not see their grid.
+        model, call: dense and in eval mode, and what it was captured on.
     """
-    found: dict[str, BlockPlan] = {}
+    sites = [site for site in located.sites if site.name in converted]
     last: dict[Size, str] = {}
     images: dict[Size, ImageSource | None] = {}
-    for name, plan in plans.items():
-        source, grid = plan.hook_source, plan.layout.grid
+    found: dict[str, GridSource] = {}
+    for site in sites:
+        source, grid = site.layout.source, site.layout.grid
         # a module around the block hands out its plane when the block is done
-        if source is None or _is_in(name, source) or not sizes.tells(source, grid):
+        if source is None or _is_in(site.name, source) or not _tells(located, model, source, grid):
             source = None
         # modules inside converted blocks see queries: the module that told the last block before
-        elif any(_is_in(source, other) for other in plans):
+        elif any(_is_in(source, other.name) for other in sites):
             source = last.get(grid)
         else:
             last[grid] = source
-        image = None
-        if plan.needs_grid_shape and source is None:
-            if grid not in images:
-                images[grid] = _image_source(plan, sizes, model, call)
-            image = images[grid]
-        found[name] = dataclasses.replace(plan, hook_source=source, image_source=image)
+        if site.name not in asking:
+            continue
+        if source is None and grid not in images:
+            images[grid] = _image_source(located, site.name, site.layout, model, call)
+        found[site.name] = source or images[grid]
     return found
+
+
+def _is_in(module: str, other: str) -> bool:
+    return not other or f"{module}.".startswith(f"{other}.")
 
 
 def _keeps_hooks(module: nn.Module) -> bool:
@@ -122,39 +85,54 @@ def _keeps_hooks(module: nn.Module) -> bool:
     return graph or not any(name in vars(base) for base in bases for name in state)
 
 
-def _is_in(module: str, other: str) -> bool:
-    return not other or f"{module}.".startswith(f"{other}.")
+def _tells(located: Located, model: nn.Module, module: str, grid: Size) -> bool:
+    """Whether the module's output is the grid."""
+    outputs = [call.output for call in located.capture.calls[module]]
+    shapes = [out.meta["shape"] if isinstance(out, fx.Node) else () for out in outputs]
+    planes = all(len(shape) == 4 and shape[2:] == grid for shape in shapes)
+    return planes and _keeps_hooks(model.get_submodule(module))
+
+
+def _takes_image(located: Located, model: nn.Module, call: Call) -> tuple[str, Size] | None:
+    """The innermost module that takes an image, before any block runs, and the image's size."""
+    leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    sizes = {tuple(leaf.shape[2:]) for leaf in leaves if leaf.dim() == 4}
+    blocks, found = {site.name for site in located.sites}, None
+    for name, (first, *others) in located.capture.calls.items():
+        if name in blocks:
+            break
+        given = [v for v in (*first.args, *first.kwargs.values()) if isinstance(v, fx.Node)]
+        size = next((n.meta["shape"][2:] for n in given if len(n.meta["shape"]) == 4), None)
+        if size in sizes and not others and _keeps_hooks(model.get_submodule(name)):
+            found = name, size
+    return found
 
 
 def _image_source(
-    plan: BlockPlan, sizes: Sizes, model: nn.Module, call: Call
+    located: Located, name: str, layout: Layout, model: nn.Module, call: Call
 ) -> ImageSource | None:
-    if not sizes.images:
+    """The module that takes the image, with the stride of the block's grid where it has one."""
+    taken = _takes_image(located, model, call)
+    if taken is None:
         return None
-    (module, size), grid = list(sizes.images.items())[-1], plan.layout.grid
+    (module, size), grid = taken, layout.grid
     stride = (max(round(size[0] / grid[0]), 1), max(round(size[1] / grid[1]), 1))
     if grid in grids_of(size, stride):
         height, width = size
         for other in ((2 * height, width // 2), (height, width // 2), (2 * height, width)):
             expected = grids_of(other, stride)
-            at = _grid_at(plan, model, call, size, other, expected)
+            captured = _captured_at(model, call, size, other)
+            if captured is None:
+                continue
+            at = _grid_in(captured, name, layout, expected)
             if at == grid and at not in expected:
                 return None  # of any image
-            if at is not None:
-                return ImageSource(module, size, stride if at in expected else None)
+            return ImageSource(module, size, stride if at in expected else None)
     return ImageSource(module, size, None)
 
 
-def _grid_at(
-    plan: BlockPlan,
-    model: nn.Module,
-    call: Call,
-    size: Size,
-    other: Size,
-    expected: tuple[Size, ...],
-) -> Size | None:
-    """The grid of a block's stream on images of another size; None where the model does not take
-    them. (0, 0) where no argument of the block has the shape that one of `expected` gives it."""
+def _captured_at(model: nn.Module, call: Call, size: Size, other: Size) -> Capture | None:
+    """The model on images of another size; None where it does not take them."""
     generator = torch.Generator().manual_seed(5)
 
     def resized(leaf: Any) -> Any:
@@ -162,24 +140,24 @@ def _grid_at(
             return leaf
         return torch.randn(*leaf.shape[:2], *other, generator=generator).to(leaf)
 
-    moved: Call = pytree.tree_map(resized, call)
-    recorder = Recorder(model)
-    counts = {plan.layout.prefix + h * w for h, w in (*expected, plan.layout.grid)}
-    layouts: list[Layout | str] = []
-    axis = plan.layout.axis("N")
-
-    def look(_m: nn.Module, args: Any, kwargs: Any) -> None:
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            fits = isinstance(leaf, Tensor) and leaf.dim() > axis
-            if fits and leaf.shape[axis] in counts:
-                layouts.append(GridFinder().layout(recorder.node_of(leaf)))
-
-    handle = model.get_submodule(plan.name).register_forward_pre_hook(look, with_kwargs=True)
+    args, kwargs = pytree.tree_map(resized, call)
     try:
-        capture(model, *moved, recorder=recorder)
+        return capture(model, args, kwargs)
     except Exception:  # any model may raise anything on a size it does not take
         return None
-    finally:
-        handle.remove()
-    grids = [layout.grid for layout in layouts if isinstance(layout, Layout)]
-    return grids[0] if grids else (0, 0)
+
+
+def _grid_in(
+    captured: Capture, name: str, layout: Layout, expected: tuple[Size, ...]
+) -> Size | None:
+    """The grid of a block's stream; None where no argument of the block has the shape that one of
+    `expected`, or the grid of the example, gives it."""
+    counts = {layout.prefix + h * w for h, w in (*expected, layout.grid)}
+    axis, finder = layout.axis("N"), GridFinder()
+    for call in captured.calls.get(name, ()):
+        for node in pytree.tree_leaves((call.args, call.kwargs)):
+            shape = node.meta["shape"] if isinstance(node, fx.Node) else ()
+            found = finder.layout(node) if len(shape) > axis and shape[axis] in counts else ""
+            if isinstance(found, Layout):
+                return found.grid
+    return None

@@ -55,8 +55,8 @@ def _boundary(graph: Graph, module: str) -> tuple[set[Node], set[Node]]:
 
 def _first_alone(capture: Capture, module: str, output: Node) -> bool:
     """Whether `output`, all that leaves the module, is the first of the tensors it returns."""
-    results = capture.results.get(module, [])
-    return len(results) > 1 and results[0] is output
+    results = capture.calls[module][-1].output
+    return isinstance(results, tuple) and len(results) > 1 and results[0] is output
 
 
 def _skips_to(output: Node, streams: Container[Node]) -> Node | None:
@@ -99,7 +99,7 @@ def stream_owner(capture: Capture, core: AttentionCore, residual: Residual) -> O
         entry = _skips_to(residual.stream, entering)
         if entry is None:
             continue
-        runs = capture.frames.get(module, 0)
+        runs = capture.runs(module)
         if runs != 1:
             return Cause("runs repeatedly", (module, runs))
         if len(leaving) != 1:
@@ -127,7 +127,7 @@ def update_owner(
     parts, asked = (core.query, core.key, core.value), finder.count(core.query)
     for module in reversed(core.output.meta["stack"]):
         entering, leaving = _boundary(capture.graph, module)
-        if not module or capture.frames.get(module, 0) != 1 or len(leaving) != 1 or asked is None:
+        if not module or capture.runs(module) != 1 or len(leaving) != 1 or asked is None:
             continue
         (output,) = leaving
         for entry in entering:

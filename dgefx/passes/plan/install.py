@@ -19,7 +19,8 @@ from dgefx.nn.grid_shape import GridShape, Size
 from dgefx.nn.image_hook import ImageHook, watch_images
 from dgefx.nn.module_tree import put
 from dgefx.nn.router import Router
-from dgefx.passes.plan.plan import BlockPlan, ImageSource, kept_tensor
+from dgefx.passes.locate.grid_source import GridSource
+from dgefx.passes.plan.plan import BlockPlan, kept_tensor
 from dgefx.precision import floating_type
 
 
@@ -62,34 +63,39 @@ def build_block(
 def install(
     model: nn.Module,
     plans: Mapping[str, BlockPlan],
+    sources: Mapping[str, GridSource],
     chosen: Mapping[str, Plan] | None,
     config: DGEConfig,
 ) -> None:
     """Replace the planned blocks of `model` by converted ones; finest unless `chosen`.
 
+    Args:
+        sources: who tells the grid to those that ask for it.
+
     Raises:
         ValueError: in which type a block's caches would be filled, cannot be told.
     """
-    shapes: dict[tuple[str | ImageSource | None, Size], GridShape] = {}
+    shapes: dict[tuple[GridSource, Size], GridShape] = {}
     for name, plan in plans.items():
-        source = (plan.hook_source or plan.image_source, plan.layout.grid)
-        if plan.needs_grid_shape and source not in shapes:
-            shapes[source] = _grid_shape(model, plan)
+        key = (sources.get(name), plan.layout.grid)
+        if plan.needs_grid_shape and key not in shapes:
+            shapes[key] = _grid_shape(model, *key)
         dense = model.get_submodule(name)
         _fill(dense, plan)
         capacities = None if chosen is None else chosen[name]
-        put(model, name, build_block(dense, plan, config, shapes.get(source), capacities))
+        put(model, name, build_block(dense, plan, config, shapes.get(key), capacities))
 
 
-def _grid_shape(model: nn.Module, plan: BlockPlan) -> GridShape:
+def _grid_shape(model: nn.Module, source: GridSource, grid: Size) -> GridShape:
     """The grid of a block and of those like it, told by a hook on `model`."""
-    source, image = plan.hook_source, plan.image_source
-    shape = GridShape(plan.layout.grid, None if image is None else image.module)
-    if source is not None:
-        model.get_submodule(source).register_forward_hook(shape)
-    elif image is not None:
-        hook = ImageHook(shape, image.size, image.stride)
-        watch_images(model.get_submodule(image.module), hook)
+    if source is None or isinstance(source, str):
+        shape = GridShape(grid, None)
+        if source is not None:
+            model.get_submodule(source).register_forward_hook(shape)
+        return shape
+    shape = GridShape(grid, source.module)
+    hook = ImageHook(shape, source.size, source.stride)
+    watch_images(model.get_submodule(source.module), hook)
     return shape
 
 

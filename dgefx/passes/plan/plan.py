@@ -19,7 +19,6 @@ from dgefx.config import DGEConfig
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import CallSpec
 from dgefx.nn.code import GraphCode
-from dgefx.nn.grid_shape import Size
 from dgefx.nn.guards import Guards
 from dgefx.nn.hierarchy import Grid
 from dgefx.nn.router_tables import space_of
@@ -37,15 +36,6 @@ from dgefx.passes.trace.block_trace import Trace, attribute_of, trace
 from dgefx.passes.trace.decisions import follows_batch
 from dgefx.passes.trace.guards import guards_of, same_types, same_without_grad
 from dgefx.passes.walk import breadth_first
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """The module whose input tells the grid; size, stride: see `ImageHook`."""
-
-    module: str
-    size: Size
-    stride: Size | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +59,8 @@ class BlockPlan:
     arguments of the stream's shape is the stream. eval_code, train_code, constants: generated.
     guards: what the code holds for, in eval and in train mode. attributes: buffers and plain
     attributes that it reads, as the example run left them. needs_grid_shape: whether only the model
-    knows the running grid; hook_source, image_source: who tells it then. windows: how its attention
-    partitions the grid; fixed_slots: see `dgefx.kernels.window`; stencils: kernel sizes of its
+    knows the running grid, see `passes.locate.grid_source`. windows: how its attention partitions
+    the grid; fixed_slots: see `dgefx.kernels.window`; stencils: kernel sizes of its
     depthwise convolutions. only_here: whether it holds at no other size. forms: other ways to call
     it, see `passes.plan.call_forms`.
 
@@ -96,7 +86,6 @@ class BlockPlan:
     guards: tuple[Guards, Guards]
     attributes: dict[str, Tensor]
     needs_grid_shape: bool
-    hook_source: str | None
     windows: WindowRule | None
     fixed_slots: bool
     stencils: frozenset[int]
@@ -108,7 +97,6 @@ class BlockPlan:
     eval_calls_more: bool = False
     reference: CoarseReference | None = field(default=None, repr=False)
     only_here: bool = False
-    image_source: ImageSource | None = None
     forms: tuple[CallForm, ...] = ()
     copy_of: str = ""
     signature: Hashable | None = field(default=None, repr=False)
@@ -182,7 +170,6 @@ class BlockPlan:
             copy_of=self.name,
             reference=None,
             layout=dataclasses.replace(self.layout, source=source),
-            hook_source=source,
             eval_code=self.eval_code.labelled(name),
             train_code=self.train_code.labelled(f"{name} train"),
             forms=(),
@@ -338,7 +325,6 @@ def _planned(
         guards=(guards[0], guards[1]),
         attributes=_kept_tensors(block, evaluated.graph, trained.graph),
         needs_grid_shape=evaluated.needs_grid_shape or trained.needs_grid_shape,
-        hook_source=layout.source,
         windows=evaluated.windows,
         fixed_slots=evaluated.fixed_slots or trained.fixed_slots,
         stencils=evaluated.stencils | trained.stencils,

@@ -17,6 +17,7 @@ from dgefx.nn.block import DGEBlock
 from dgefx.nn.module_tree import put
 from dgefx.outputs import Call, relative_error
 from dgefx.passes.frontends.inputs import run_example
+from dgefx.passes.locate.grid_source import GridSource
 from dgefx.passes.plan.compare import TOLERANCE
 from dgefx.passes.plan.install import install
 from dgefx.passes.plan.plan import BlockPlan
@@ -24,17 +25,22 @@ from dgefx.precision import in_float64
 
 
 def install_and_verify(
-    work: nn.Module, plans: Mapping[str, BlockPlan], call: Call, output: Any, config: DGEConfig
+    work: nn.Module,
+    plans: Mapping[str, BlockPlan],
+    sources: Mapping[str, GridSource],
+    call: Call,
+    output: Any,
+    config: DGEConfig,
 ) -> None:
     """Convert the blocks of the working copy and compare it.
 
     Args:
-        output: the dense model's.
+        sources: see `install`. output: the dense model's.
 
     Raises:
         ValueError: it fails, does not run the blocks, or yields something else.
     """
-    install(work, plans, None, config)
+    install(work, plans, sources, None, config)
     ran: set[str] = set()
     handles = [
         work.get_submodule(f"{name}.dge_router").register_forward_hook(
