@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dgefx.passes.capture import capture
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.grid import GridFinder
+from dgefx.passes.locate.refusal import Cause
 from tests.helpers import images
 
 WIDTH = 6
@@ -37,7 +38,7 @@ class Model(nn.Module):
 
 def layout_of(
     function: Callable[[Any, Tensor], Tensor], size: int | tuple[int, int] = 32
-) -> Layout | str:
+) -> Layout | Cause:
     captured = capture(Model(function).eval(), (images(2, size),), {})
     (result,) = next(n for n in captured.graph.nodes if n.op == "output").all_input_nodes
     return GridFinder().layout(result)
@@ -108,7 +109,7 @@ def test_irregular_merging_has_no_grid() -> None:
         first, second = x[:, :32], x[:, 32:].flip(1)
         return model.merge(torch.cat([first, second, first, second], -1))
 
-    assert isinstance(layout_of(function), str)
+    assert isinstance(layout_of(function), Cause)
 
 
 def test_token_mixing_is_no_merging() -> None:

@@ -19,6 +19,7 @@ from dgefx import DGEConfig
 from dgefx.passes.capture import capture
 from dgefx.passes.layout import Layout
 from dgefx.passes.locate.grid import GridFinder
+from dgefx.passes.locate.refusal import Cause
 from dgefx.passes.plan.verify import patch_constant_stream
 from tests.fuzz.reference import pooling, random_cells
 from tests.helpers import error, images, randomise
@@ -405,7 +406,7 @@ def test_another_image_size_says_what_to_do(windows: bool) -> None:
             model(images(1, side))
 
 
-def layout_in(model: nn.Module) -> Layout | str:
+def layout_in(model: nn.Module) -> Layout | Cause:
     captured = capture(model.eval(), (images(2, PHOTO),), {})
     norm = next(n for n in captured.graph.nodes if "layer_norm" in str(n.target))
     return GridFinder().layout(norm.all_input_nodes[0])
@@ -421,7 +422,7 @@ def test_the_order_is_read_off_the_model() -> None:
     assert layout_in(raster) == Layout("BNC", GRID, 0, "embed")
     twice = torch.arange(TOKENS)
     twice[0] = 1
-    assert layout_in(Permuted(twice, Mixer(TOKENS))) == "tokens not in order"
+    assert layout_in(Permuted(twice, Mixer(TOKENS))) == Cause("tokens not in order")
 
 
 def small_hiera() -> nn.Module:

@@ -5,7 +5,7 @@ Used by `measure`. Every other kind of `dgefx.passes.reasons` counts against the
 
 from __future__ import annotations
 
-from dgefx.passes.reasons import KINDS
+from dgefx.passes.reasons import RIGHTLY_DENSE
 
 
 def rightly_refused(kind: str) -> str | None:
@@ -14,4 +14,4 @@ def rightly_refused(kind: str) -> str | None:
     Args:
         kind: of a `BlockReport`.
     """
-    return next((name for name, known in KINDS.items() if name == kind and known.right), None)
+    return kind if kind in RIGHTLY_DENSE else None

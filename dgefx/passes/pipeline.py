@@ -45,7 +45,7 @@ from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.plan.verify_model import install_and_verify
-from dgefx.passes.reasons import KINDS, Reason, advice_lines
+from dgefx.passes.reasons import ADVICE, Reason, advice_lines
 from dgefx.passes.stage_log import log_stage
 from dgefx.passes.user_code import own_code_fails
 from dgefx.precision import floating_type, full_float32
@@ -131,8 +131,7 @@ class Analysis:
         name = block.name
         if plan is None:
             why = self.reasons[block]
-            advice = KINDS[why.kind].advice
-            return BlockReport(name, "dense", why.text, 1.0, kind=why.kind, advice=advice)
+            return BlockReport(name, "dense", why.text, 1.0, kind=why.kind, advice=ADVICE[why.kind])
         cost, layout = self.costs[name], self.plans[name].layout
         ratio = cost.macs(plan) / max(cost.dense, 1)
         shape = (plan.capacities, layout.grid, layout.prefix)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx import BlockReport, DGEConfig, Report
-from dgefx.passes.reasons import KINDS, KindName, advice_lines
+from dgefx.passes.reasons import ADVICE, KindName, advice_lines
 from tests.helpers import Attention, error, images, randomise
 
 DIM, SIDE = 16, 8
@@ -312,7 +312,7 @@ def test_each_kind_has_its_reason_and_advice(kind: str) -> None:
     found, *others = (b for b in report.blocks if b.status == "dense")
     assert all(b.kind == kind for b in others)
     assert (found.kind, words in found.reason) == (kind, True), found
-    assert found.advice == KINDS[kind].advice  # type: ignore[index]
+    assert found.advice == ADVICE[kind]  # type: ignore[index]
     assert f"{kind}: {found.advice}" in " ".join(str(report).split())
     assert all(b.kind == b.advice == "" for b in report.converted)
 
@@ -328,7 +328,7 @@ def test_refusals_are_listed_with_their_advice_once() -> None:
         "  blocks.2",
         "what to do",
     ]
-    assert lines[4:] == [f"- {kind}: {KINDS[kind].advice}" for kind in kinds]
+    assert lines[4:] == [f"- {kind}: {ADVICE[kind]}" for kind in kinds]
 
 
 def test_nothing_found_says_what_is_recognised() -> None:
@@ -411,11 +411,11 @@ def test_written_attention_converts_with_a_budget_per_image() -> None:
 
 
 def test_vocabulary() -> None:
-    assert set(get_args(KindName)) == set(KINDS)
-    assert all(kind.advice and kind.advice[0].islower() for kind in KINDS.values())
+    assert set(get_args(KindName)) == set(ADVICE)
+    assert all(advice and advice[0].islower() for advice in ADVICE.values())
     assert advice_lines(["windows", "", "compiled", "windows"]) == [
-        f"windows: {KINDS['windows'].advice}",
-        f"compiled: {KINDS['compiled'].advice}",
+        f"windows: {ADVICE['windows']}",
+        f"compiled: {ADVICE['compiled']}",
     ]
     assert BlockReport("a", "dense", "why", 1.0).kind == ""  # records of earlier versions
 
@@ -428,7 +428,7 @@ def test_every_refusal_in_the_source_has_a_kind() -> None:
                 continue
             seen += 1
             (kind,) = node.args[1:] or (None,)
-            found = isinstance(kind, ast.Constant) and kind.value in KINDS
+            found = isinstance(kind, ast.Constant) and kind.value in ADVICE
             assert found, f"{path.name}, line {node.lineno}"
     assert seen > 20
 

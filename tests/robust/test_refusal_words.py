@@ -21,7 +21,7 @@ import dgefx.passes.trace.block_trace
 from dgefx.nn.unread import Unread
 from dgefx.passes.errors import Refused
 from dgefx.passes.plan.compare import require_equal
-from dgefx.passes.reasons import KINDS
+from dgefx.passes.reasons import ADVICE
 from dgefx.reason_lines import reason_lines
 from tests.helpers import Attention, TinyViT, error, images, randomise
 
@@ -287,7 +287,7 @@ def test_volumes_and_packed_patches(
 ) -> None:
     found = explained(make(), inputs)
     assert [(b.kind, words in b.reason) for b in found] == [(kind, True)] * 2
-    assert KINDS[kind].advice == found[0].advice  # type: ignore[index]
+    assert ADVICE[kind] == found[0].advice  # type: ignore[index]
 
 
 def test_packed_patches_of_transformers() -> None:

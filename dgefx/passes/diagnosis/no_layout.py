@@ -46,11 +46,11 @@ def _joined(node: Node, finder: GridFinder) -> Reason | None:
         return None
     held, origins = [], []
     for part in parts:
-        tokens = finder.count(part) if isinstance(part, Node) else None
+        tokens = finder.token_ids(part) if isinstance(part, Node) else None
         if tokens is None:
             continue
         size, last = part.meta["shape"][axis], axis in (-1, len(part.meta["shape"]) - 1)
-        if tokens.in_features == last and 0 < tokens.tokens <= size:
+        if tokens.in_features == last and 0 < len(tokens.tokens) <= size:
             held.append(tokens)
             origins.append(_inputs(part))
     if len(held) < 2:

@@ -132,9 +132,9 @@ def _reason(refusal: Refusal, located: Located, encoders: set[str]) -> Reason:
         case "refused call" if (call := core.form.refusal(core.output)) is not None:
             return call
         case "no residual add":
-            asking, asked = map(located.finder.count, (core.query, core.key))
-            if asking and asked and 1 < asking.tokens < asked.tokens:
-                return _say("fewer queries", asking.tokens, asked.tokens)
+            asking, asked = map(located.finder.token_ids, (core.query, core.key))
+            if asking and asked and 1 < len(asking.tokens) < len(asked.tokens):
+                return _say("fewer queries", len(asking.tokens), len(asked.tokens))
         case "other queries" if facts[0] == 1:
             return _say("one query", *facts)
         case "no grid" | "rank" | "tokens on several axes" | "tokens not in order" | "no raster":
@@ -166,19 +166,19 @@ def _without_layout(refusal: Refusal, located: Located) -> Reason:
     """Why the stream has no layout."""
     core, stream, finder = refusal.core, refusal.stream, located.finder
     assert stream is not None
-    held, asking = finder.count(stream), finder.count(core.query)
+    held, asking = map(finder.token_ids, (stream, core.query))
     if _samples_levels(core, located.cores):
         return _say("several levels")
     why = why_no_layout(stream, finder)
     if why is not None:
         return why
-    if asking is not None and not asking.tokens:
+    if asking is not None and not len(asking.tokens):
         return _say("prefix queries")
     if held is not None and held.grid == (1, 1):
         return _say("small grid", *held.grid)
     if held is None and _asks_with_learned(core, located.cores):
         return _say("learned queries")
-    return _say(refusal.cause.name, len(stream.meta["shape"]))
+    return _say(refusal.cause.name, *refusal.cause.facts)
 
 
 def _samples_levels(core: AttentionCore, cores: tuple[AttentionCore, ...]) -> bool:

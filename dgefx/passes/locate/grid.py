@@ -9,7 +9,6 @@ channels lays out a new, coarser grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from dgefx.nn.grid_shape import Size
 from dgefx.passes.attention.registry import form_named
 from dgefx.passes.labels import moved, varies
 from dgefx.passes.layout import Layout
-from dgefx.passes.locate.refusal import NoLayout
+from dgefx.passes.locate.refusal import Cause
 from dgefx.passes.locate.token_ids import (
     TokenIds,
     kept_plane,
@@ -44,15 +43,6 @@ _TOKENWISE = named(Op.TOKENWISE) | {"set_item"}
 _OF_FIRST = _TOKENWISE | _SPATIAL | _REDUCES | _UNFOLDS | {"matmul"}
 #: either operand may carry the stream
 _OF_ANY = _REARRANGE | named(Op.BINARY)
-
-
-@dataclass(frozen=True)
-class TokenCount:
-    """tokens: different ones in a value, of `grid`. in_features: its last axis holds them."""
-
-    tokens: int
-    grid: Size
-    in_features: bool
 
 
 def _whole(node: Node) -> tuple[Node, int | None]:
@@ -93,7 +83,7 @@ class GridFinder:
         if name in _OF_ANY:
             return made.all_input_nodes
         form = form_named(name)
-        core = None if form is None else form.match(node, None)
+        core = None if form is None else form.match(made, None)
         if core is not None:
             return [core.query]
         return made.all_input_nodes[:1] if name in _OF_FIRST else []
@@ -122,7 +112,7 @@ class GridFinder:
         if name in _UNFOLDS:
             return unfolded(found, made, shape) if len(shape) == 3 else None
         for found in filter(None, map(self._found.get, sources)):
-            if name in _MIX_CHANNELS and varies(found.ids, -1):
+            if name in _MIX_CHANNELS and found.in_features:
                 found = merged(found) or found
             if tuple(found.ids.shape) == shape:
                 return found
@@ -149,17 +139,10 @@ class GridFinder:
             return None
         return placed[0].on(value if part is None else value[part])
 
-    def count(self, node: Node) -> TokenCount | None:
-        """What tokens a value holds, or None where that is not known."""
-        found = self.token_ids(node)
-        if found is None:
-            return None
-        return TokenCount(len(found.tokens()), found.grid, varies(found.ids, -1))
-
-    def layout(self, stream: Node) -> Layout | NoLayout:
+    def layout(self, stream: Node) -> Layout | Cause:
         """The layout of `stream`, or what keeps it from having one."""
         found = self.token_ids(stream)
-        return "no grid" if found is None else _layout(sub_lattice(found))
+        return Cause("no grid") if found is None else _layout(sub_lattice(found))
 
 
 def _no_tokens(node: Node) -> Tensor:
@@ -219,7 +202,7 @@ def _part_grid(lines: Tensor, width: int) -> Size | None:
     return (parts.shape[1], across) if _is_raster(parts, width) else None
 
 
-def _layout(found: TokenIds) -> Layout | NoLayout:
+def _layout(found: TokenIds) -> Layout | Cause:
     ids, (height, width) = found.ids, found.grid
     moving = {axis for axis in range(ids.dim()) if varies(ids, axis)}
     if ids.dim() == 4:
@@ -227,21 +210,21 @@ def _layout(found: TokenIds) -> Layout | NoLayout:
             if moving <= axes and _is_raster(plane, width):
                 return Layout(order, (plane.shape[0], plane.shape[1]), 0, found.source)
         grid = _part_grid(ids[0, ..., 0], width) if moving in ({2}, {1, 2}) else None
-        return "no raster" if grid is None else Layout(f"B{ids.shape[1]}NC", grid, 0)
+        return Cause("no raster") if grid is None else Layout(f"B{ids.shape[1]}NC", grid, 0)
     if ids.dim() != 3:
-        return "rank"
+        return Cause("rank", (ids.dim(),))
     if moving == {0, 1}:  # parts of an image next to the images
         grid = _part_grid(ids[..., 0], width)
         if grid is not None:
             return Layout("BNC", grid, 0)
     if len(moving) != 1:
-        return "tokens on several axes"
+        return Cause("tokens on several axes")
     (axis,) = moving
     line = ids.movedim(axis, 0)[:, 0, 0]
     prefix = int((line < 0).sum())
     body, raster = line[prefix:], torch.arange(height * width)
     if bool((body < 0).any()) or not torch.equal(body.sort().values, raster):
-        return "tokens not in order"
+        return Cause("tokens not in order")
     token_order = None if torch.equal(body, raster) else tuple(body.tolist())
     order = {0: "NBC", 1: "BNC", 2: "BCN"}[axis]
     return Layout(order, found.grid, prefix, found.source, token_order=token_order)

@@ -124,17 +124,20 @@ def update_owner(
     For an attention whose residual add is in no module of its own: next to another branch, or in a
     module that goes on to other shapes. Everything around the attention stays dense then.
     """
-    parts, asked = (core.query, core.key, core.value), finder.count(core.query)
+    parts, asked = (core.query, core.key, core.value), finder.token_ids(core.query)
+    if asked is None:
+        return None
+    count = len(asked.tokens)
     for module in reversed(core.output.meta["stack"]):
         entering, leaving = _boundary(capture.graph, module)
-        if not module or capture.runs(module) != 1 or len(leaving) != 1 or asked is None:
+        if not module or capture.runs(module) != 1 or len(leaving) != 1:
             continue
         (output,) = leaving
         for entry in entering:
             if entry.meta["shape"] != output.meta.get("shape"):
                 continue
-            held = finder.count(entry)
-            known = held is not None and held.tokens == asked.tokens
+            held = finder.token_ids(entry)
+            known = held is not None and len(held.tokens) == count
             if known and all(residuals.descends(part, entry) for part in parts):
                 return Owner(module, entry, _first_alone(capture, module, output), update=True)
     return None

@@ -7,40 +7,19 @@ cause alone says little.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch.fx import Node
 
 from dgefx.passes.attention.core import AttentionCore
 
-NoLayout = Literal["no grid", "rank", "tokens on several axes", "tokens not in order", "no raster"]
-CauseName = Literal[
-    "no residual add",
-    "cross attention",
-    "foreign queries",
-    "other shortcut",
-    "no owner",
-    "runs repeatedly",
-    "several outputs",
-    "another shape",
-    "another size",
-    "whole model",
-    "channel queries",
-    "prefix queries",
-    "other queries",
-    "small grid",
-    "outer block",
-    "other attention",
-    "no scores",
-    NoLayout,
-]
-
 
 @dataclass(frozen=True)
 class Cause:
-    """facts: numbers, shapes and module names, see `passes.diagnosis.refusals` for their order."""
+    """name: a key of the words in `passes.diagnosis.refusals`. facts: numbers, shapes and module
+    names, in the order in which these words have them."""
 
-    name: CauseName
+    name: str
     facts: tuple[Any, ...] = ()
 
 

@@ -97,8 +97,8 @@ def _block_of(
             return Refusal(_module_of(core), core, cause or owner, residual.stream)
         owner = update
     layout = finder.layout(owner.stream)
-    if isinstance(layout, str):
-        return Refusal(owner.module, core, Cause(layout), owner.stream)
+    if isinstance(layout, Cause):
+        return Refusal(owner.module, core, layout, owner.stream)
     cause = _other_queries(core, owner.stream, finder)
     if cause is None and core.form.refusal(core.output) is not None:
         cause = Cause("refused call")
@@ -113,17 +113,19 @@ def _block_of(
 def _other_queries(core: AttentionCore, stream: Node, finder: GridFinder) -> Cause | None:
     """What the core's queries are if they are not the tokens of the stream; None where they are, or
     where that is not known."""
-    asked, held, layout = finder.count(core.query), finder.count(stream), finder.layout(stream)
-    if asked is None or held is None or isinstance(layout, str):
+    asked, held = map(finder.token_ids, (core.query, stream))
+    layout = finder.layout(stream)
+    if asked is None or held is None or isinstance(layout, Cause):
         return None
     # the last axis is that of features, or not
     if asked.in_features != (-1 in core.query_axes):
         return Cause("channel queries")
-    if not asked.tokens:
+    count = len(asked.tokens)
+    if not count:
         return Cause("prefix queries")
-    if (asked.grid, asked.tokens) == (held.grid, held.tokens):
+    if (asked.grid, count) == (held.grid, len(held.tokens)):
         return None
-    return Cause("other queries", (asked.tokens, layout.tokens))
+    return Cause("other queries", (count, layout.tokens))
 
 
 def _innermost(blocks: Sequence[Block]) -> list[Block]:

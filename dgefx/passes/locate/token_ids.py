@@ -28,6 +28,12 @@ class TokenIds:
     grid: Size
     source: str | None
 
+    @property
+    def in_features(self) -> bool:
+        """Whether the last axis holds several."""
+        return varies(self.ids, -1)
+
+    @property
     def tokens(self) -> Tensor:
         """The tokens that some element holds, ascending."""
         repeated = tuple(slice(1 if stride == 0 else None) for stride in self.ids.stride())
@@ -42,7 +48,7 @@ class TokenIds:
     def in_rows(self, shape: tuple[int, ...]) -> TokenIds | None:
         """The same ids on a value of as many rows with other channels; None where a row has more
         than one."""
-        if tuple(self.ids.shape[:-1]) != shape[:-1] or varies(self.ids, -1):
+        if tuple(self.ids.shape[:-1]) != shape[:-1] or self.in_features:
             return None
         return self.on(self.ids[..., :1].expand(shape))
 
@@ -109,44 +115,29 @@ def kept_plane(found: TokenIds, shape: tuple[int, ...]) -> TokenIds | None:
 def merged(found: TokenIds) -> TokenIds | None:
     """The coarser grid of a value whose channels hold several tokens each.
 
-    Every position has to hold the same rows x columns of tokens, relative to its first one, with
-    as many channels of each.
+    Every position has to hold the same rows x columns of tokens, next to each other, with as many
+    channels of each; at the border some of them may be padding.
     """
-    ids, width = found.ids.flatten(0, -2), found.grid[1]
-    away = ids < 0
-    rows, first_row = _relative(ids // width, away)
-    columns, first_column = _relative(ids % width, away)
-    if rows is None or columns is None or not _is_block(rows, columns):
+    found = sub_lattice(found)
+    ids, (height, width) = found.ids.flatten(0, -2), found.grid
+    there = ids >= 0
+    full = there.all(1)
+    if not bool(full.any()):
         return None
-    filled = ~away.all(1)
-    coarse = rectangle((first_row * width + first_column)[filled], width)
-    if coarse is None:
+    rows, columns = ids // width, ids % width
+    tall, wide = (int((x[full].amax(1) - x[full].amin(1)).max()) + 1 for x in (rows, columns))
+    grid = (-(-height // tall), -(-width // wide))
+    offsets = rows % tall * wide + columns % wide
+    expected = offsets[full][0]
+    channels = torch.bincount(expected, minlength=tall * wide)
+    new = torch.where(there, rows // tall * grid[1] + columns // wide, -1)
+    first = new.amax(1, keepdim=True)
+    in_place = bool((~there | (offsets == expected) & (new == first)).all())
+    even = len(channels) > 1 and int(channels.min()) == int(channels.max()) > 1
+    if not in_place or not even or len(torch.unique(first[first >= 0])) != grid[0] * grid[1]:
         return None
-    grid, row, column = coarse
-    new = torch.full((len(ids),), -1)
-    new[filled] = row * grid[1] + column
     shape = found.ids.shape
-    return TokenIds(new.view(*shape[:-1], 1).expand(shape), grid, None)
-
-
-_NOWHERE = 1 << 40
-
-
-def _relative(lines: Tensor, away: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(offset of every channel's token from the first, the first): rows or columns of a
-    (positions, channels) value. No offsets where positions differ in them."""
-    first = lines.masked_fill(away, _NOWHERE).amin(1)
-    offsets = lines - first.unsqueeze(1)
-    smallest = offsets.masked_fill(away, _NOWHERE).amin(0)
-    largest = offsets.masked_fill(away, -_NOWHERE).amax(0)
-    return (smallest if torch.equal(smallest, largest) else None), first
-
-
-def _is_block(rows: Tensor, columns: Tensor) -> bool:
-    """Whether channels hold all combinations of some rows and columns, each equally often."""
-    pairs, counts = torch.unique(torch.stack([rows, columns]), dim=1, return_counts=True)
-    combinations = len(torch.unique(rows)) * len(torch.unique(columns))
-    return pairs.shape[1] == combinations > 1 and int(counts.min()) == int(counts.max()) > 1
+    return TokenIds(first.view(*shape[:-1], 1).expand(shape), grid, None)
 
 
 def without_axis(found: TokenIds, axis: int) -> TokenIds | None:
@@ -154,7 +145,7 @@ def without_axis(found: TokenIds, axis: int) -> TokenIds | None:
     they are, one of several tokens makes one token of them."""
     if not varies(found.ids, axis):
         return found.on(found.ids.select(axis, 0))
-    if varies(found.ids, -1):
+    if found.in_features:
         return None
     # as channels, two of each
     coarse = merged(found.on(found.ids[..., 0].movedim(axis, -1).repeat_interleave(2, -1)))
@@ -166,7 +157,7 @@ def without_axis(found: TokenIds, axis: int) -> TokenIds | None:
 def sub_lattice(found: TokenIds) -> TokenIds:
     """Some rows and columns of a grid as a grid of their own (what strided slicing leaves); the
     same where all tokens, or no full rows and columns, are there."""
-    held = found.tokens()
+    held = found.tokens
     lattice = rectangle(held, found.grid[1])
     if not len(held) or lattice is None or lattice[0] == found.grid:
         return found
