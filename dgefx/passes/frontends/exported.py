@@ -72,16 +72,15 @@ def _refuse_in_place(inplace: bool, what: str) -> None:
 def _plain(module: nn.Module) -> fx.GraphModule:
     assert isinstance(module, fx.GraphModule)
     graph = copy.deepcopy(module.graph)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in list(graph.nodes):
-        if node.op == "call_module" and node.target == _GUARDS:
-            graph.erase_node(node)
-        elif node.op == "placeholder" and _is_one_image(node.meta.get("val")):
-            raise ValueError(_ONE_IMAGE)
+    for node in graph.find_nodes(op="call_module", target=_GUARDS):
+        graph.erase_node(node)
+    inputs = graph.find_nodes(op="placeholder")
     for node in inputs:
         if isinstance(value := node.meta.get("val"), Tensor):
             # a dynamic axis is no int
             sizes = tuple(size if type(size) is int else None for size in value.shape)
+            if len(sizes) == 4 and sizes[0] == 1:
+                raise ValueError(_ONE_IMAGE)
             with graph.inserting_after(inputs[-1]):
                 checked = graph.call_function(_of_sizes, (node, node.name, sizes))
             node.replace_all_uses_with(checked, lambda user, own=checked: user is not own)
@@ -95,23 +94,11 @@ def _of_sizes(value: Tensor, name: str, sizes: tuple[int | None, ...]) -> Tensor
         ValueError: of another shape. The program has its sizes written into it: it would compute
             something else, or fail somewhere.
     """
-    fits = value.dim() == len(sizes)
-    for axis, size in enumerate(sizes):
-        fits = fits and (size is None or value.shape[axis] == size)
-    if not fits:
+    fixed = [axis for axis, size in enumerate(sizes) if size is not None]
+    if value.dim() != len(sizes) or any(value.shape[axis] != sizes[axis] for axis in fixed):
         wanted = ", ".join("any" if size is None else str(size) for size in sizes)
         raise ValueError(
             f"{name}: the program was exported for inputs of shape ({wanted}), found "
             f"{tuple(value.shape)}; export it with dynamic_shapes for axes that are to vary"
         )
     return value
-
-
-def _is_one_image(value: Any) -> bool:
-    """Of the values an export noted down; a dynamic axis is no int."""
-    return (
-        isinstance(value, Tensor)
-        and value.dim() == 4
-        and type(value.shape[0]) is int
-        and value.shape[0] == 1
-    )

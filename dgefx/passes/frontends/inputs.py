@@ -29,27 +29,23 @@ def _pair(size: Any) -> tuple[int, int] | None:
 
 def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
     """Image sizes that the model states about itself, most specific first."""
-    found: list[tuple[int, int]] = []
-
-    def add(owner: Any, *names: str) -> None:
-        for name in names:
-            value = owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
-            size = _pair(value)
-            if size is not None and size not in found:
-                found.append(size)
-
-    add(getattr(model, "patch_embed", None), "img_size")
-    add(model, "img_size", "image_size")
-    for name in ("pretrained_cfg", "default_cfg"):
-        add(getattr(model, name, None) or {}, "input_size")
     config = getattr(model, "config", None)
-    if config is not None:
-        add(config, "image_size", "img_size")
-        add(getattr(config, "vision_config", None), "image_size")
-    for module in model.modules():
-        if module is not model:
-            add(module, "img_size", "image_size")
-    return found
+    named = ("img_size", "image_size")
+    places: list[tuple[Any, tuple[str, ...]]] = [
+        (getattr(model, "patch_embed", None), ("img_size",)),
+        (model, named),
+        (getattr(model, "pretrained_cfg", None), ("input_size",)),
+        (getattr(model, "default_cfg", None), ("input_size",)),
+        (config, ("image_size", "img_size")),
+        (getattr(config, "vision_config", None), ("image_size",)),
+        *((module, named) for module in model.modules()),
+    ]
+    sizes = (
+        _pair(owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None))
+        for owner, names in places
+        for name in names
+    )
+    return list(dict.fromkeys(size for size in sizes if size is not None))
 
 
 def _channels(model: nn.Module) -> int:
@@ -69,13 +65,12 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _two_images(call: Call) -> Call:
     """Repeat a single example image."""
 
-    def repeat(leaf: Any) -> Any:
+    def twice(leaf: Any) -> Any:
+        if _is_list_of_images(leaf):
+            return [*leaf, *leaf]
         if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1:
             return leaf.repeat(2, *(1 for _ in leaf.shape[1:]))
         return leaf
-
-    def twice(leaf: Any) -> Any:
-        return [*leaf, *leaf] if _is_list_of_images(leaf) else repeat(leaf)
 
     repeated: Call = pytree.tree_map(twice, call, is_leaf=_is_list_of_images)
     return repeated
