@@ -88,7 +88,7 @@ class Rewritten:
     graph: RewrittenGraph
     owner: str
     scales: list[float]
-    key: Hashable | None
+    key: bytes | None
     same_in_training: bool
 
 
@@ -101,11 +101,11 @@ class GraphCache:
     sizes were.
     """
 
-    plans: dict[Hashable, BlockPlan] = field(default_factory=dict)
+    plans: dict[bytes, BlockPlan] = field(default_factory=dict)
     sizes: dict[Hashable, HeldSizes] = field(default_factory=dict)
     forms: dict[Hashable, KnownForms] = field(default_factory=dict)
     compared: set[Hashable] = field(default_factory=set)
-    _graphs: dict[Hashable, Rewritten] = field(default_factory=dict)
+    _graphs: dict[tuple[bytes, bool], Rewritten] = field(default_factory=dict)
 
     def rewrite(
         self,
@@ -127,15 +127,14 @@ class GraphCache:
         """
         key = trace_signature(trace, stream, layout)
         scales = _number_scales(trace.graph)
-        place = (key, trace.root.training)
-        known = self._graphs.get(place) if key is not None else None
+        known = None if key is None else self._graphs.get((key, trace.root.training))
+        alike = ignores_mode(trace)
         if known is None and evaluated is not None and key is not None and key == evaluated.key:
-            known = evaluated if evaluated.same_in_training and ignores_mode(trace) else None
+            known = evaluated if evaluated.same_in_training and alike else None
         if known is None:
-            alike = ignores_mode(trace)
             known = Rewritten(split(trace, stream, layout, packs), name, scales, key, alike)
             if key is not None:
-                self._graphs[place] = known
+                self._graphs[key, trace.root.training] = known
             return known
         graph = known.graph
         if scales != known.scales:

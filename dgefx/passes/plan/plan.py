@@ -99,7 +99,7 @@ class BlockPlan:
     only_here: bool = False
     forms: tuple[CallForm, ...] = ()
     copy_of: str = ""
-    signature: Hashable | None = field(default=None, repr=False)
+    signature: bytes | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """For `passes.stage_log`."""
