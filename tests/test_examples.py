@@ -84,6 +84,12 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
+def test_an_attention_kernel_of_ones_own(tmp_path: Path) -> None:
+    printed = finished(EXAMPLES / "custom_attention.py", cwd=tmp_path)
+    assert printed.count("│ converted │") == 4
+    assert float(printed.split("dense model ")[1].split()[0]) <= 1e-5
+
+
 TWO = """
 import sys, os, torch
 sys.path.insert(0, sys.argv.pop(1))
