@@ -156,6 +156,15 @@ def test_a_function_that_a_module_holds(register: Callable[..., AttentionForm]) 
     assert all(block.function is hidden for block in dense.blocks)
 
 
+def test_another_function_of_that_name_is_none_of_the_form(
+    register: Callable[..., AttentionForm],
+) -> None:
+    register(["elsewhere.hidden", "elsewhere::hidden", "elsewhere.softmax"])
+    for attend in (by_name, by_operator):
+        with pytest.raises(ValueError, match="no attention blocks found"):
+            dgefx.convert(ViT(attend).eval(), example_inputs=images(2, 32))
+
+
 def test_packed_queries_are_refused_with_the_reason(register: Callable[..., AttentionForm]) -> None:
     register([hidden])
     config = dgefx.DGEConfig(budget="average")

@@ -212,6 +212,11 @@ def set_own_names(names: Mapping[str, str]) -> None:
         _own_names.setdefault(re.split(r"\.|::", full)[-1], {})[full] = name
 
 
+#: by full names, functions that compute the same by operations that are known, see
+#: `passes.attention.core.AttentionForm`
+stand_ins: dict[str, Callable[..., Any]] = {}
+
+
 def own_functions() -> list[str]:
     """The last parts of the names of Python functions among them whose modules are imported."""
     imported = tuple(f"{module}." for module in [*sys.modules])

@@ -47,6 +47,7 @@ from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.plan.verify_model import install_and_verify
 from dgefx.passes.reasons import ADVICE, Reason, advice_lines
 from dgefx.passes.stage_log import log_stage
+from dgefx.passes.trace.wrapped_functions import stand_ins_run
 from dgefx.passes.user_code import own_code_fails
 from dgefx.precision import floating_type, full_float32
 from dgefx.reason_lines import reason_lines
@@ -173,7 +174,7 @@ def analyse(
     check_model(model)
     work = working_copy(model)
     random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-    with eager(), random, full_float32():
+    with eager(), random, full_float32(), stand_ins_run(work):
         call, output = resolve_inputs(work, example_inputs)
         _require_finite(output)
         extractions = outline(work, call)

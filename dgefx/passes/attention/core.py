@@ -109,10 +109,14 @@ class AttentionForm:
     Attributes:
         scales: places of arguments that are numbers which scores are multiplied by.
         levels: whether several of them in one module are the levels of one attention.
+        stand_in: runs in place of the functions while a model is looked at, and in converted
+            blocks. Called with whether it is enough to count the same FLOPs, and the arguments;
+            `NotImplemented` where it is not the same.
     """
 
     scales: tuple[int | str, ...] = ()
     levels: bool = False
+    stand_in: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -135,13 +139,20 @@ class AttentionForm:
         self.query_axis, self.gathers_mask = query_axis, gathers_mask
 
     @property
+    def operation(self) -> str:
+        """What its calls are called in `passes.ops`: no name that another operation has."""
+        return self.functions[0] if self.functions else self.name
+
+    @property
     def packs(self) -> bool:
         """Whether it can be written for queries of images that differ in their number."""
         return type(self).emit_packed is not AttentionForm.emit_packed
 
     def find(self, searched: SearchedGraph) -> list[AttentionCore]:
         """All attentions of this form in a graph."""
-        matched = (self.match(node, searched.root) for node in searched.calls.get(self.name, ()))
+        matched = (
+            self.match(node, searched.root) for node in searched.calls.get(self.operation, ())
+        )
         return [core for core in matched if core is not None]
 
     def match(self, node: Node, root: nn.Module | None) -> AttentionCore | None:

@@ -10,13 +10,20 @@ from dgefx.passes.attention.fused import FusedAttention
 from dgefx.passes.attention.module import ModuleAttention
 from dgefx.passes.attention.sampling import SamplingAttention
 from dgefx.passes.attention.unfused import UnfusedAttention
-from dgefx.passes.ops import op_name, set_own_names
+from dgefx.passes.ops import op_name, set_own_names, stand_ins
 
 _forms: dict[str, AttentionForm] = {}
+#: by what their calls are called in `passes.ops`
+_operations: dict[str, AttentionForm] = {}
 
 
 def _name_functions() -> None:
-    set_own_names({name: form.name for form in _forms.values() for name in form.functions})
+    functions = [(name, form) for form in _forms.values() for name in form.functions]
+    set_own_names({name: form.operation for name, form in functions})
+    _operations.clear()
+    _operations.update({form.operation: form for form in _forms.values()})
+    stand_ins.clear()
+    stand_ins.update({name: form.stand_in for name, form in functions if form.stand_in})
 
 
 def _add(form: AttentionForm) -> None:
@@ -79,7 +86,7 @@ def form_names() -> list[str]:
 
 def form_named(name: str) -> AttentionForm | None:
     """The form with calls of this name in `passes.ops`."""
-    return _forms.get(name)
+    return _operations.get(name)
 
 
 def form_of(node: Node, root: nn.Module | None = None) -> AttentionForm | None:

@@ -25,6 +25,7 @@ from dgefx.nn.grid_shape import GridShape
 from dgefx.outputs import Call
 from dgefx.passes.plan.install import build_block
 from dgefx.passes.plan.plan import BlockPlan
+from dgefx.passes.trace.wrapped_functions import stand_ins_run
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ class _PlainMasks(TorchFunctionMode):
 def count_macs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """MACs of one call of `module`, in its current mode."""
     counter = FlopCounterMode(display=False)
-    with _visible_attention(), torch.no_grad(), _PlainMasks(), counter:
+    with _visible_attention(), torch.no_grad(), stand_ins_run(module, True), _PlainMasks(), counter:
         module(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
-from dgefx.passes.ops import own_functions, own_name
+from dgefx.passes.ops import full_name, own_functions, own_name, stand_ins
 
 _MATH = frozenset(id(f) for name, f in vars(math).items() if not name.startswith("_"))
 _one_trace_at_a_time = threading.RLock()
@@ -44,21 +45,25 @@ def _functions(root: nn.Module, opaque: bool) -> Found:
 
 
 def _globals(root: nn.Module) -> list[dict[str, Any]]:
-    """What the code of a model's modules finds by its name."""
-    scopes = (getattr(type(module).forward, "__globals__", {}) for module in root.modules())
+    """What the code of a model's modules, and of functions that they hold, finds by its name."""
+    modules = list(root.modules())
+    code = [type(module).forward for module in modules]
+    code += [value for module in modules for value in vars(module).values() if callable(value)]
+    scopes = (getattr(function, "__globals__", {}) for function in code)
     return list({id(scope): scope for scope in scopes}.values())
 
 
-def _own_functions(root: nn.Module) -> Found:
+def _own_functions(root: nn.Module, attributes: bool = True) -> Found:
     """Where functions that are operations of their own (`passes.ops.set_own_names`) are found:
-    under their names in any module, under any name in the code and the attributes of `root`."""
+    under their names in any module, under any name in the code of `root` and, if asked for, in the
+    attributes of its modules."""
     names = own_functions()
     if not names:
         return
     for imported in list(sys.modules.values()):
         scope = getattr(imported, "__dict__", {})
         yield from ((scope, name) for name in names if own_name(scope.get(name)) is not None)
-    for scope in (*_globals(root), *map(vars, root.modules())):
+    for scope in (*_globals(root), *(map(vars, root.modules()) if attributes else ())):
         for name, value in list(scope.items()):
             if callable(value) and own_name(value) is not None:
                 yield scope, name
@@ -75,7 +80,9 @@ _ORIGINAL = "_dgefx_original"
 
 def original(value: Any) -> Any:
     """What was replaced by a value, or the value itself."""
-    return getattr(value, _ORIGINAL, value) if callable(value) else value
+    while callable(value) and hasattr(value, _ORIGINAL):
+        value = getattr(value, _ORIGINAL)
+    return value
 
 
 @contextlib.contextmanager
@@ -86,9 +93,11 @@ def _replaced(found: Found, wrapper: Callable[[Any], Any]) -> Iterator[None]:
         try:
             for (_, name), scope in {(id(scope), name): scope for scope, name in found}.items():
                 function = scope[name] if name in scope else getattr(builtins, name)
-                kept.append((scope, name, scope.get(name)))
-                scope[name] = wrapper(function)
-                setattr(scope[name], _ORIGINAL, function)
+                replacement = wrapper(function)
+                if replacement is not function:
+                    kept.append((scope, name, scope.get(name)))
+                    scope[name] = replacement
+                    setattr(replacement, _ORIGINAL, function)
             yield
         finally:
             for scope, name, function in reversed(kept):
@@ -98,18 +107,58 @@ def _replaced(found: Found, wrapper: Callable[[Any], Any]) -> Iterator[None]:
                     scope[name] = function
 
 
+def _stands_in(function: Any) -> bool:
+    return own_name(function) is not None and full_name(function) in stand_ins
+
+
+def _with_stand_in(function: Any, otherwise: Callable[..., Any], counting: bool = False) -> Any:
+    """What runs for a function that has a stand-in, and where that one computes the same."""
+    stand_in = stand_ins.get(full_name(function))
+    if stand_in is None:
+        return otherwise
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        found = stand_in(counting, *args, **kwargs)
+        return otherwise(*args, **kwargs) if found is NotImplemented else found
+
+    return called
+
+
+def stand_ins_run(root: nn.Module, counting: bool = False) -> AbstractContextManager[None]:
+    """While active, stand-ins run in place of their functions if the code of a model calls some:
+    for what the functions themselves cannot (counting FLOPs, gradients on this device).
+
+    Args:
+        counting: whether it is enough that they count the same FLOPs.
+    """
+    last = own_functions() if stand_ins else []
+    for scope in _globals(root) if last else ():
+        for value in list(scope.values()):
+            known = vars(value) if isinstance(value, ModuleType) else {}
+            if _stands_in(value) or any(_stands_in(known.get(name)) for name in last):
+                # attributes of modules stay: they are compared
+                functions = _own_functions(root, attributes=False)
+                return _replaced(functions, lambda f: _with_stand_in(f, f, counting))
+    return contextlib.nullcontext()
+
+
 def wrapped_functions(root: nn.Module, opaque: bool) -> AbstractContextManager[None]:
     """While active, functions of `math` and those that are operations of their own are nodes where
     they are given a proxy, and functions that users marked with `torch.fx.wrap` are if `opaque`;
     else these are traced through."""
-    return _replaced(_functions(root, opaque), _symbolic_trace._create_wrapped_func)
+
+    def wrapped(function: Any) -> Any:
+        return _with_stand_in(function, _symbolic_trace._create_wrapped_func(function))
+
+    return _replaced(_functions(root, opaque), wrapped)
 
 
 def seen_functions(root: nn.Module) -> AbstractContextManager[None]:
     """While active, a `TorchFunctionMode` sees the functions that are operations of their own."""
     if not own_functions():
         return contextlib.nullcontext()
-    return _replaced(_own_functions(root), _seen_by_modes)
+    return _replaced(_own_functions(root), lambda f: _with_stand_in(f, _seen_by_modes(f)))
 
 
 def _seen_by_modes(function: Any) -> Any:
