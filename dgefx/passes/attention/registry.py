@@ -6,6 +6,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from dgefx.passes.attention.core import AttentionCore, AttentionForm, SearchedGraph, Values
+from dgefx.passes.attention.flex import FlexAttention
 from dgefx.passes.attention.fused import FusedAttention
 from dgefx.passes.attention.module import ModuleAttention
 from dgefx.passes.attention.sampling import SamplingAttention
@@ -35,6 +36,7 @@ _add(UnfusedAttention())
 _add(FusedAttention())
 _add(ModuleAttention())
 _add(SamplingAttention())
+_add(FlexAttention())
 
 
 def register_attention(form: AttentionForm) -> AttentionForm:
