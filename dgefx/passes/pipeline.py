@@ -194,12 +194,16 @@ def analyse(
             log_stage(block.name, "located", decided if why is None else why.text)
         sites = [site for site in located.sites if site not in reasons]
         observed = observe(work, call, {site.name for site in sites})
-        plans = _convert_blocks(model, work, sites, observed, config, reasons)
-        _require_plans(work, located, reasons, plans, must_convert, set(observed.calls))
+        plans, refused = _convert_blocks(model, work, sites, observed, config)
         costs = price(work, plans, observed.calls, config.bounded())
         for name, cost in costs.items():
             log_stage(name, "price in MACs", (cost.dense, cost.macs(cost.plans[0])))
-        plans, costs = _worthwhile(work, located, reasons, plans, costs, must_convert)
+        refused |= _without_gain(sites, costs)
+        reasons |= _of_weights(work, refused, must_convert)
+        plans = {site.name: plans[site.name] for site in sites if site not in refused}
+        costs = {name: costs[name] for name in plans}
+        if not plans and must_convert:
+            raise ValueError(_nothing_converts(located, reasons))
         asking = {name for name, plan in plans.items() if plan.needs_grid_shape}
         sources = find_sources(located, plans, asking, work, call)
         if plans:
@@ -248,9 +252,9 @@ def _convert_blocks(
     sites: list[Site],
     observed: Observed,
     config: DGEConfig,
-    reasons: Reasons,
-) -> dict[str, BlockPlan]:
-    """Plans of all blocks that equal their dense ones; what fails becomes a reason."""
+) -> tuple[dict[str, BlockPlan], Reasons]:
+    """Plans of all blocks that equal their dense ones, and why the others do not."""
+    reasons: Reasons = {}
     plans: dict[str, BlockPlan] = {}
     types: dict[str, torch.dtype] = {}
     before = BlocksBefore(plans, types, GraphCache())
@@ -272,7 +276,7 @@ def _convert_blocks(
             log_stage(site.name, "refused", reasons[site].text)
         else:
             plans[site.name] = plan
-    return plans
+    return plans, reasons
 
 
 def _reason(example: BlockExample, error: Exception) -> Reason:
@@ -290,57 +294,43 @@ def _reason(example: BlockExample, error: Exception) -> Reason:
     return own_code_fails(error, example.name)
 
 
-def _require_plans(
-    work: nn.Module,
-    located: Located,
-    reasons: Reasons,
-    plans: Mapping[str, BlockPlan],
-    must_convert: bool,
-    tried: set[str],
-) -> None:
-    """Raise where no block converts, if one must.
-
-    Args:
-        tried: names of blocks that might have converted.
-    """
-    for block, why in reasons.items():
-        types = _foreign_weights(work.get_submodule(block.name)) if block.name in tried else set()
-        if not types:
-            continue
-        # where a refused block's weights are of a type that is not torch's own, that is why
-        names = " and ".join(sorted(types))
-        reasons[block] = Reason(f"{why.text}. {_QUANTISED.format(names)}", "quantised")
-        if must_convert:
-            raise ValueError(f"block {block.name} cannot be converted: {reasons[block].text}")
-    if not plans and must_convert:
-        told = [(block.name, " ".join(reasons[block].text.split())) for block in located.blocks]
-        looked = "\n".join(f"  {line}" for line in reason_lines(told))
-        kinds = (reasons[block].kind for block in located.blocks)
-        advice = "\n".join(f"- {line}" for line in advice_lines(kinds))
-        raise ValueError(
-            f"no attention block could be converted; looked at\n{looked}\nwhat to do:\n{advice}"
-        )
-
-
-def _worthwhile(
-    work: nn.Module,
-    located: Located,
-    reasons: Reasons,
-    plans: dict[str, BlockPlan],
-    costs: dict[str, BlockCost],
-    must_convert: bool,
-) -> tuple[dict[str, BlockPlan], dict[str, BlockCost]]:
-    """Without blocks that cost as much as the dense one even at their coarsest."""
-    dear = {name for name, cost in costs.items() if cost.macs(cost.plans[0]) >= cost.dense}
-    for site in located.sites:
-        if site.name in dear:
-            cost = costs[site.name]
+def _without_gain(sites: list[Site], costs: Mapping[str, BlockCost]) -> Reasons:
+    """Of blocks that cost as much as the dense one even at their coarsest."""
+    reasons: Reasons = {}
+    for site in sites:
+        cost = costs.get(site.name)
+        if cost is not None and cost.macs(cost.plans[0]) >= cost.dense:
             share = cost.macs(cost.plans[0]) / max(cost.dense, 1)
             text = f"nothing to save: even at its coarsest it costs {share:.2f} of the dense one"
             reasons[site] = Reason(text, "nothing to save")
-    plans = {name: plan for name, plan in plans.items() if name not in dear}
-    _require_plans(work, located, reasons, plans, must_convert, dear)
-    return plans, {name: costs[name] for name in plans}
+    return reasons
+
+
+def _of_weights(work: nn.Module, refused: Reasons, must_convert: bool) -> Reasons:
+    """The reasons of blocks that were tried: where a block's weights are of a type that is not
+    torch's own, that is why.
+
+    Raises:
+        ValueError: there is such a block, and something must convert.
+    """
+    reasons: Reasons = {}
+    for block, why in refused.items():
+        types = _foreign_weights(work.get_submodule(block.name))
+        if types:
+            names = " and ".join(sorted(types))
+            why = Reason(f"{why.text}. {_QUANTISED.format(names)}", "quantised")
+            if must_convert:
+                raise ValueError(f"block {block.name} cannot be converted: {why.text}")
+        reasons[block] = why
+    return reasons
+
+
+def _nothing_converts(located: Located, reasons: Reasons) -> str:
+    told = [(block.name, " ".join(reasons[block].text.split())) for block in located.blocks]
+    looked = "\n".join(f"  {line}" for line in reason_lines(told))
+    kinds = (reasons[block].kind for block in located.blocks)
+    advice = "\n".join(f"- {line}" for line in advice_lines(kinds))
+    return f"no attention block could be converted; looked at\n{looked}\nwhat to do:\n{advice}"
 
 
 def _foreign_weights(block: nn.Module) -> set[str]:
