@@ -1,7 +1,7 @@
 """Whose code raised: the user's, and in which line of it, or this library's own.
 
 A block is user code that passes run and trace, so that anything may be raised. Used by
-`passes.trace.tracer` and by `dgefx.passes.pipeline`, which tell the first as a reason why the block
+`passes.trace` and by `dgefx.passes.pipeline`, which tell the first as a reason why the block
 stays dense and raise the second.
 """
 
@@ -30,8 +30,8 @@ _HEARS = Path(__file__).parent / "trace" / "module_access.py"
 _STANDARD = Path(os.__file__).parent
 #: code in no file that is not the user's (what is: notebooks, the prompt, an `fx.GraphModule`)
 _GENERATED = ("<dgefx ", "<frozen ", "<string>", "<__array_function__")
-#: the function of `passes.trace.tracer` that runs one operation of a block, and the one that traces
-#: it
+#: the functions that run one operation of a block (`passes.ops`), and that trace it
+#: (`passes.trace.block_trace`)
 _RUNS, _TRACES = "run_node", "_trace_copy"
 #: those of it that try the block or its parts before they are traced
 _TRIES = frozenset({"_is_token_wise", "empty_caches"})

@@ -26,7 +26,7 @@ from dgefx.passes.trace.copies import copy_block
 from dgefx.passes.trace.decisions import is_shaped_by_data
 from dgefx.passes.trace.deterministic import Deterministic
 from dgefx.passes.trace.guards import keeps_statistics
-from dgefx.passes.trace.in_place import set_item
+from dgefx.passes.trace.tensor_versions import set_item
 from dgefx.passes.user_code import lines_run, place_text
 
 _TORCH = os.path.dirname(torch.__file__)

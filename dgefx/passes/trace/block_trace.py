@@ -21,8 +21,9 @@ from dgefx.passes.errors import TraceError
 from dgefx.passes.ops import run_node
 from dgefx.passes.trace.copies import containers, empty_caches, shadow
 from dgefx.passes.trace.decisions import Decisions
-from dgefx.passes.trace.in_place import set_item
+from dgefx.passes.trace.deterministic import random_numbers_kept
 from dgefx.passes.trace.module_access import size_attributes
+from dgefx.passes.trace.tensor_versions import set_item
 from dgefx.passes.trace.tracer import ConcolicTracer
 from dgefx.passes.trace.wrapped_functions import wrapped_functions
 from dgefx.passes.user_code import error_text, is_internal
@@ -117,8 +118,7 @@ def _trace_copy(block: nn.Module, spec: CallSpec, options: TraceOptions) -> Trac
     )
     held = containers(root)
     sizes = {name: len(value) for name, value in held.items()}
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(options.grad):
+    with random_numbers_kept(), torch.set_grad_enabled(options.grad):
         empty_caches(root, block, spec)
         with wrapped_functions(root, options.opaque):
             graph = tracer.run()

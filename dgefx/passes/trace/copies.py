@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dgefx.copying import MODULE_ATTRIBUTES
 from dgefx.nn.callspec import CallSpec
-from dgefx.passes.trace.in_place import tensors_of
+from dgefx.passes.trace.tensor_versions import tensors_of
 
 #: marks modules of a traced copy that had hooks: they must be called, not bypassed
 HOOKED = "_dgefx_hooked"

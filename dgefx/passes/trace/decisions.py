@@ -21,7 +21,7 @@ from dgefx.nn.guards import FLOATS
 from dgefx.passes.errors import TraceError
 from dgefx.passes.ops import op_name
 from dgefx.passes.trace.deterministic import RANDOM
-from dgefx.passes.trace.in_place import tensors_of
+from dgefx.passes.trace.tensor_versions import tensors_of
 from dgefx.passes.walk import breadth_first
 
 #: how many elements these have depends on what they are given

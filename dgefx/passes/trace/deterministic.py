@@ -9,6 +9,7 @@ equal (`passes.plan.verify`).
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ RANDOM = frozenset(
 @functools.cache
 def _has_accelerator() -> bool:
     return torch.accelerator.is_available()
+
+
+@functools.cache
+def _cuda_devices() -> range:
+    return range(torch.cuda.device_count())  # asks the driver, in every call
+
+
+def random_numbers_kept() -> AbstractContextManager[None]:
+    """Leaves PyTorch's random numbers, of all devices, as they were."""
+    return torch.random.fork_rng(devices=_cuda_devices())
 
 
 def seed_all(number: int) -> None:

@@ -123,7 +123,7 @@ def _derived(kind: Any, tracer: ConcolicTracer) -> Any:
         return tracer.read_tensor(value) if isinstance(value, Tensor) else value
 
     def write(self: nn.Module, name: str, value: Any) -> None:
-        tracer.write(self, name, vars(self).get(name, _MISSING), value)
+        tracer.write_setting(self, name, vars(self).get(name, _MISSING), value)
         kind.__setattr__(self, name, value)
 
     added = {

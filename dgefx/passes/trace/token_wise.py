@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dgefx.passes.trace.deterministic import RANDOM, Deterministic, seed_all
+from dgefx.passes.trace.deterministic import RANDOM, Deterministic, random_numbers_kept, seed_all
 
 _TRIED = 3  # tokens along the first token axis; one more along each other, or they could be swapped
 
@@ -36,8 +36,7 @@ def is_token_wise(module: nn.Module, value: Tensor) -> bool:
     """
     if not value.is_floating_point() or value.dim() < 3:
         return False
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _state_kept(module):
+    with random_numbers_kept(), torch.no_grad(), _state_kept(module):
         # a module for (B, C, H, W) has its features on axis 1
         last = value.dim() - 1
         axes = (last, 1) if last > 2 else (last,)

@@ -25,17 +25,10 @@ from dgefx.passes.errors import TraceError
 from dgefx.passes.ops import run_node
 from dgefx.passes.trace.calls import Calls, autocast_state, numpy_random_kept
 from dgefx.passes.trace.decisions import Decisions
-from dgefx.passes.trace.in_place import (
-    FunctionalForm,
-    TensorVersions,
-    functional_form,
-    is_fill,
-    set_item,
-    shares_memory,
-    tensors_of,
-)
+from dgefx.passes.trace.in_place import functional_form, is_fill, write, write_by_module, write_item
 from dgefx.passes.trace.module_access import ModuleState, heard
 from dgefx.passes.trace.proxies import ConcolicProxy, DeviceName, teach_einops
+from dgefx.passes.trace.tensor_versions import TensorVersions, shares_memory, tensors_of
 from dgefx.passes.trace.token_wise import is_token_wise
 from dgefx.passes.user_code import place_now
 from dgefx.passes.walk import breadth_first
@@ -92,7 +85,7 @@ class ConcolicTracer(fx.Tracer):
         super().__init__()
         self.root, self.spec = root, spec
         self.decisions, self.values = decisions, decisions.values
-        self.tensors = TensorVersions(self.values, self._emit, self._run)
+        self.tensors = TensorVersions(root, self.values, self.emit)
         self.state, self.calls = ModuleState(), Calls(self)
         self.executing = False
         #: modules whose forward was gone through -> whether it handed on what it was given
@@ -100,7 +93,7 @@ class ConcolicTracer(fx.Tracer):
         self._in_place, self._sizes = in_place, sizes
         self._stays: dict[nn.Module, bool] = {m: True for m in leaves}
         self._token_wise: list[str] = []
-        self._changed_constants: list[Tensor] = []
+        self.changed_constants: list[Tensor] = []
         self._grad, self._autocast = grad, autocast_state()
         self._grad_is_off = False
         self._without_grad: set[fx.Node] = set()
@@ -175,19 +168,21 @@ class ConcolicTracer(fx.Tracer):
         with self.own_code():
             form = functional_form(kind, target, kwargs)
             if form is not None:
-                return self._write(form, args)
+                return write(self, form, args)
             if kind == "call_module" and self.root.get_submodule(target) in self._in_place:
-                return self._write_by_module(target, args, kwargs)
-            node = self._emit(kind, target, self.create_arg(args), self.create_arg(kwargs))
+                return write_by_module(self, target, args, kwargs)
+            node = self.emit(kind, target, self.create_arg(args), self.create_arg(kwargs))
             self.tensors.add(node)
             return self.proxy(node)
 
     def create_arg(self, a: Any) -> Any:
         """A proxy stands for what its tensor holds now; constants get a value."""
+        if a is None or isinstance(a, (int, float, str)):
+            return a
         with self.own_code():
             if isinstance(a, fx.Proxy):
                 return self.tensors.current(a.node)
-            if isinstance(a, Tensor) and any(shares_memory(a, t) for t in self._changed_constants):
+            if isinstance(a, Tensor) and any(shares_memory(a, t) for t in self.changed_constants):
                 raise TraceError("a constant tensor is read after a computed value changed it")
             made = super().create_arg(a)
             if isinstance(made, fx.Node) and made not in self.values:
@@ -199,18 +194,10 @@ class ConcolicTracer(fx.Tracer):
         self.values[node] = value.clone() if isinstance(value, Tensor) else value
         return self.proxy(node)
 
-    def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    def emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.create_node(kind, target, args, kwargs)
         self.values[node] = self._execute(node)
         return node
-
-    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        is_users = False
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            is_users = not type(module).__module__.startswith("torch.")
-        with numpy_random_kept() if is_users else contextlib.nullcontext():
-            return run_node(node, self.root, args, kwargs)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
@@ -224,7 +211,8 @@ class ConcolicTracer(fx.Tracer):
             if not t.is_inference()
         ]
         try:
-            value = self._run(node, args, kwargs)
+            with numpy_random_kept() if self._is_users_module(node) else contextlib.nullcontext():
+                value = run_node(node, self.root, args, kwargs)
         except Exception as error:
             raise TraceError(f"{node.format_node()} failed while tracing: {error}") from error
         for source, tensor, version in before:
@@ -232,67 +220,17 @@ class ConcolicTracer(fx.Tracer):
                 raise TraceError(f"{node.format_node()} changes {source.name} in place")
         return value
 
-    # -- in-place operations -----------------------------------------------------------------
+    def _is_users_module(self, node: fx.Node) -> bool:
+        """Whether a node calls what may draw numbers otherwise than PyTorch does."""
+        if node.op != "call_module":
+            return False
+        module = self.root.get_submodule(str(node.target))
+        return not type(module).__module__.startswith("torch.")
 
     def set_item(self, proxy: ConcolicProxy, index: Any, value: Any) -> None:
         """`proxy[index] = value`."""
         with self.own_code():
-            now = self.tensors.current(proxy.node)
-            if not isinstance(self.values[now], Tensor):
-                raise TraceError(f"an item of {proxy.node.name}, which is no tensor, is set")
-            places, new = self.create_arg(index), self.create_arg(value)
-            now = self.tensors.current(proxy.node)
-            if now.target is set_item and now.args[1:] == (places, new):
-                return  # `x[i] += y` has written through its view of x already
-            changed = self._emit("call_function", set_item, (now, places, new), {})
-            self.tensors.write(proxy.node, changed)
-
-    def _write(self, form: FunctionalForm, args: Any) -> Any:
-        """Make an in-place call functional; its tensor holds the result from now on."""
-        written, *others = args
-        node = written.node if isinstance(written, fx.Proxy) else None
-        if node is None or not isinstance(self.values[self.tensors.current(node)], Tensor):
-            # a number, or a tensor that was made without proxies: `mask += x` binds a new value
-            if isinstance(written, Tensor):
-                if form.fills:
-                    raise TraceError(f"{form.target} fills a constant tensor with computed values")
-                proxy = self.create_proxy(form.kind, form.target, args, form.kwargs)
-                self._changed_constants.append(written)
-                return proxy
-            return self.create_proxy(form.kind, form.target, args, form.kwargs)
-        unread = self.tensors.is_unread(node)
-        rest, kwargs = self.create_arg(tuple(others)), self.create_arg(form.kwargs)
-        source = now = self.tensors.current(node)
-        if form.fills and not unread:
-            source = self._emit("call_method", "clone", (now,), {})
-        old = self.values[now]
-        new = self._emit(form.kind, form.target, (source, *rest), kwargs)
-        value = self.values[new]
-        if not form.fills and shares_memory(old, value):  # as of `x.unsqueeze_(0)`
-            if not self.tensors.is_alone(node):
-                raise TraceError(f"{new.name} changes the shape of a tensor that is seen elsewhere")
-        elif value.shape != old.shape or value.dtype != old.dtype:
-            raise TraceError(f"{new.format_node()} has another shape or type in place")
-        self.tensors.write(node, new)
-        return self.proxy(self.tensors.tensor(node))
-
-    def _write_by_module(self, target: str, args: Any, kwargs: Any) -> Any:
-        """A module like nn.ReLU(inplace=True): it stays, on a copy of what others read too."""
-        written = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)
-        if written is None:
-            raise TraceError(f"{target} changes a constant tensor in place")
-        unread = self.tensors.is_unread(written.node)
-        old = self.tensors.current(written.node)
-        new = self._emit("call_module", target, self.create_arg(args), self.create_arg(kwargs))
-        if shares_memory(self.values[old], self.values[new]):  # dropout in eval mode
-            self.tensors.add(new)
-            return self.proxy(new)
-        if not unread:
-            with self.graph.inserting_before(new):
-                copied = self._emit("call_method", "clone", (old,), {})
-            new.replace_input_with(old, copied)
-        self.tensors.write(written.node, new)
-        return self.proxy(self.tensors.tensor(written.node))
+            write_item(self, proxy.node, index, value)
 
     def _stop_gradients(self) -> None:
         """Detach what the block made under `torch.no_grad()` where it is used outside of it."""
@@ -369,7 +307,7 @@ class ConcolicTracer(fx.Tracer):
         self.state.read(path, name, value)
         return value
 
-    def write(self, module: nn.Module, name: str, before: Any, value: Any) -> None:
+    def write_setting(self, module: nn.Module, name: str, before: Any, value: Any) -> None:
         """An attribute is set anew."""
         if not self.executing and module in self._paths:
             self.state.write(self._paths[module], name, before, value)
