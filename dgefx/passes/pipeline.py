@@ -80,13 +80,14 @@ Reasons = dict[Block, Reason]
 class Analysis:
     """A verified conversion of a float32 copy (`work`), ready to be priced and installed.
 
-    reasons: why blocks of `located` stay dense. sources: who tells blocks their grid.
+    blocks: of all attentions. reasons: why some of them stay dense. sources: who tells others their
+    grid.
     """
 
     work: nn.Module
     call: Call
     images: int
-    located: Located
+    blocks: tuple[Block, ...]
     reasons: Reasons
     sources: dict[str, GridSource]
     extractions: list[Extraction]
@@ -123,7 +124,7 @@ class Analysis:
             macs_dense=self.macs_dense / self.images,
             floor=self.floor,
             blocks=tuple(
-                self._block_report(block, chosen.get(block.name)) for block in self.located.blocks
+                self._block_report(block, chosen.get(block.name)) for block in self.blocks
             ),
             held=self.config.capacity is not None,
         )
@@ -209,7 +210,7 @@ def analyse(
         if plans:
             install_and_verify(work, plans, sources, call, output, config.bounded())
     images, macs = batch_size(call), observed.macs
-    found = (located, reasons, sources, extractions, plans, costs)
+    found = (located.blocks, reasons, sources, extractions, plans, costs)
     return Analysis(work, call, images, *found, macs, config)
 
 

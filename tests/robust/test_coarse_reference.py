@@ -107,7 +107,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 def _reasons(family: str, config: DGEConfig | None = None) -> list[str | None]:
     model, x = FAMILIES[family]()
     found = analyse(model, (x,), config or DGEConfig(), None, must_convert=False)
-    reasons = [found.reasons.get(block) for block in found.located.blocks]
+    reasons = [found.reasons.get(block) for block in found.blocks]
     return [None if reason is None else reason.text for reason in reasons]
 
 

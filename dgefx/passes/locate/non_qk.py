@@ -14,6 +14,7 @@ from dgefx.passes.attention.core import AttentionCore, AttentionForm, SearchedGr
 from dgefx.passes.attention.unfused import UnfusedSearch, Weighed
 from dgefx.passes.labels import varies
 from dgefx.passes.locate.grid import GridFinder
+from dgefx.passes.locate.token_ids import TokenIds
 from dgefx.passes.ops import Op, argument, named
 from dgefx.passes.walk import behind, breadth_first
 
@@ -21,21 +22,21 @@ _MOVES_OR_JOINS = named(Op.MOVES | Op.JOINS)
 _FORM = AttentionForm("softmax")
 
 
-class _Tokens(GridFinder):
-    def vary(self, node: Node, axes: tuple[int, ...]) -> bool | None:
-        """Whether different tokens lie along an axis of a value; None where that is not known."""
-        numbers = self.token_ids(node)
-        if numbers is None or numbers.ids.dim() < max(-axis for axis in axes):
-            return None
-        return any(varies(numbers.ids, axis) for axis in axes)
+def _vary(found: TokenIds | None, axes: tuple[int, ...]) -> bool | None:
+    """Whether different tokens lie along an axis of a value; None where that is not known."""
+    if found is None or found.ids.dim() < max(-axis for axis in axes):
+        return None
+    return any(varies(found.ids, axis) for axis in axes)
 
 
-def non_qk_cores(searched: SearchedGraph, cores: list[AttentionCore]) -> list[AttentionCore]:
+def non_qk_cores(
+    searched: SearchedGraph, cores: list[AttentionCore], finder: GridFinder
+) -> list[AttentionCore]:
     """Softmaxes of a flat capture that weigh its tokens without being attention of `cores`."""
     outputs = {core.output for core in cores}
     scored = {node for core in cores for node, _ in core.key_axes}
     samples = {core.output for core in cores if core.form.levels}
-    search, tokens = UnfusedSearch(searched), _Tokens()
+    search = UnfusedSearch(searched)
 
     def unmoved(node: Node) -> list[Node]:
         return node.all_input_nodes if searched.name(node) in _MOVES_OR_JOINS else []
@@ -53,7 +54,7 @@ def non_qk_cores(searched: SearchedGraph, cores: list[AttentionCore]) -> list[At
             before: set[Node] = set(breadth_first([values], unmoved))
             if samples & before:
                 continue
-            along = tokens.vary(values, product.summed[weighed.value])
+            along = _vary(finder.token_ids(values), product.summed[weighed.value])
             if along is None:
                 along = not _joined(search, weighed)
             if along:

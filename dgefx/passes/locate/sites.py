@@ -67,7 +67,7 @@ def locate(capture: Capture) -> Located:
     found = [_block_of(core, capture, residuals, finder) for core in cores]
     blocks = _one_per_module(_innermost(found))
     names = {block.name for block in blocks}
-    for core in non_qk_cores(searched, cores):
+    for core in non_qk_cores(searched, cores, finder):
         name = _module_of(core)
         if name not in names:
             blocks.append(Refusal(name, core, Cause("no scores")))
