@@ -283,7 +283,7 @@ def test_patch_constant_input_without_tables() -> None:
         assert error(converted(stream) - stream, block(stream) - stream) <= 1e-5
 
 
-def test_a_convolution_along_the_stream_is_an_island_in_its_own_order() -> None:
+def test_a_convolution_along_the_stream_runs_at_full_resolution_in_its_own_order() -> None:
     dense = made("prefix", mixes=True)
     exact(dense, images(2, PHOTO), 2)
     coarse = dgefx.convert(dense, 0.8, example_inputs=images(2, PHOTO))

@@ -4,7 +4,7 @@ The paper's training path (arXiv 2301.03831, section 3.3). Every patch of every 
 every token still receives the update of its chosen patch, and each level's update is
 added once more with a weight that is zero and carries the gate's gradient. The forward is that of
 the sparse path; a gate learns from every level instead of the one that it chose. Made by
-the router in training, read by `unpool_add` and around islands.
+the router in training, read by `unpool_add` and around operations at full resolution.
 """
 
 from __future__ import annotations

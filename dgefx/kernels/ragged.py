@@ -163,11 +163,6 @@ def spread_images(
     return rows.movedim(0, place).squeeze(place + 1).unsqueeze(batch)
 
 
-def image_sizes(size: Sequence[int], tokens: Tensor) -> tuple[int, ...]:
-    """A size that was read off packed queries, with the number of images in front."""
-    return (tokens.shape[0], *size[1:])
-
-
 def _body_rows(ragged: Ragged, prefix: int) -> Tensor:
     """(T - B * prefix,) rows of the queries that are no prefix tokens, idle ones last."""
     images = ragged.row.shape[0]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgefx.kernels.island import pool_value, unpool_value
+from dgefx.kernels.full_resolution import pool_value, unpool_value
 from dgefx.kernels.routing import Routing
 from dgefx.kernels.rows import gather_rows
 from dgefx.kernels.stencil_op import stencil
@@ -48,12 +48,14 @@ def stencil_conv(
     # the ring around a patch is known for patches of the image itself only
     known = routing.places is None and routing.ragged is None
     if needs_gradient or not torch.compiler.is_compiling() or not known:
-        return island_conv(hidden, weight, bias, routing)
+        return full_resolution_conv(hidden, weight, bias, routing)
     rows = hidden.squeeze(-1).transpose(1, 2)
     return stencil_rows(rows, weight, bias, routing).transpose(1, 2).unsqueeze(-1)
 
 
-def island_conv(hidden: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
+def full_resolution_conv(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing
+) -> Tensor:
     """The same by un-pool, convolve, pool."""
     dense = unpool_value(hidden, routing, (2, 3), False)
     out = F.conv2d(dense, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])

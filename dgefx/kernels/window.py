@@ -122,11 +122,6 @@ def repack(value: Tensor, source: AxesLike, target: AxesLike, rest: Sequence[int
     return _arrange(shaped, names, (1, 1), rows.shape[1], target)
 
 
-def image_count(queries: Tensor, inner: int) -> int:
-    """Size of a packed value's image axis."""
-    return queries.shape[0] * inner
-
-
 def lead_count(tokens: Tensor, slots: WindowSlots, merged: bool, inner: int) -> int:
     """Size of the image axis of a value in slots."""
     windows = slots.windows[0] * slots.windows[1] if merged else 1

@@ -13,7 +13,7 @@ from dgefx.kernels.constants import gather_constant
 from dgefx.kernels.correction import Correction, corrected_update
 from dgefx.kernels.pool import pool
 from dgefx.kernels.routing import Routing
-from dgefx.kernels.stencil import island_conv, stencil_rows
+from dgefx.kernels.stencil import full_resolution_conv, stencil_rows
 from dgefx.kernels.unpool import corrected, unpool, unpool_add
 from dgefx.nn.capacity import plan_of, plans
 from dgefx.nn.hierarchy import nested_levels
@@ -117,14 +117,14 @@ def test_stencil_equals_convolution(case: dict, kernel: int) -> None:
     convolved = torch.nn.functional.conv2d(dense, weight, bias, padding=kernel // 2, groups=4)
     convolved = convolved.flatten(2).transpose(1, 2)
     stencil = stencil_rows(hidden, weight, bias, routing)
-    island = island_conv(hidden.transpose(1, 2).unsqueeze(-1), weight, bias, routing)
+    dense = full_resolution_conv(hidden.transpose(1, 2).unsqueeze(-1), weight, bias, routing)
     for image in range(case["count"]):
         for patch in members(routing, image):
             slot = int(routing.token_slot[image, patch[0]])
             mean = convolved[image, patch].mean(0)
             # float64 sums of at most 25 terms for each of 64 tokens, all about 1: 1e-13 at worst
             assert torch.allclose(stencil[image, slot], mean, rtol=0, atol=1e-12)
-            assert torch.allclose(island[image, :, slot, 0], mean, rtol=0, atol=1e-12)
+            assert torch.allclose(dense[image, :, slot, 0], mean, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

@@ -141,7 +141,7 @@ def test_gradients_are_those_of_the_mixture(name: str, order: str, prefix: int, 
         assert error(a, b) < 1e-10
 
 
-def windows_and_islands(name: str) -> tuple[nn.Module, Tensor]:
+def windows_and_full_resolution(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     if name == "pvt":
         return timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1), drop_path_rate=0.0), images(
@@ -154,8 +154,8 @@ def windows_and_islands(name: str) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("name", ["per_image", "open"])
 @pytest.mark.parametrize("model_name", ["pvt", "swin"])
-def test_the_dense_path_in_windows_and_around_islands(model_name: str, name: str) -> None:
-    dense, x = windows_and_islands(model_name)
+def test_the_dense_path_in_windows_and_at_full_resolution(model_name: str, name: str) -> None:
+    dense, x = windows_and_full_resolution(model_name)
     model = dgefx.convert(randomise(dense), 0.8, example_inputs=x, config=CONFIGS[name])
     model, x = model.double().train(), x.double()
     blocks = [m for m in model.modules() if type(m) is DGEBlock]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgefx
-from dgefx.passes.sides.find_axes import _OWN_TOLERANCE, _TOLERANCE, _keep_changes, _only_at
+from dgefx.passes.sides.find_axes import _OWN_TOLERANCE, _TOLERANCE, _keep_changes
 from tests.helpers import Attention, images
 
 DIM = 16
@@ -42,14 +42,6 @@ def test_changes_are_those_of_the_mask(shape: tuple[int, ...], dtype: torch.dtyp
         if not bool(base.isnan().any() | moved.isnan().any()):
             assert bool(same.all())
         assert torch.equal(places, mask.nonzero())
-
-
-def test_only_at_a_place() -> None:
-    places = torch.tensor([[0, 2, 1], [0, 2, 5]])
-    assert _only_at(places, {0: range(1), 1: range(2, 3)})
-    assert not _only_at(places, {2: range(1, 2)})
-    assert not _only_at(places, {1: range(7, 8)})
-    assert _only_at(places[:0], {1: range(7, 8)})
 
 
 class Normalised(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.config import DGEConfig
-from dgefx.kernels import constants, island, pool, stencil, window
+from dgefx.kernels import constants, full_resolution, pool, stencil, window
 from dgefx.kernels.routing import Routing
 from dgefx.passes.pipeline import analyse
 from tests.helpers import error, images, randomise
@@ -94,8 +94,8 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "windows": lambda: _swin(0),
     "shifted windows": lambda: _swin(2),
     "depthwise MLP": lambda: _own(lambda: Block(nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM))),
-    "island": lambda: _own(lambda: Block(nn.Conv2d(DIM, DIM, 3, padding=1))),
-    "strided island": lambda: _own(
+    "full resolution": lambda: _own(lambda: Block(nn.Conv2d(DIM, DIM, 3, padding=1))),
+    "strided convolution": lambda: _own(
         lambda: Block(nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2)))
     ),
     "convolution on the main path": lambda: _own(
@@ -164,12 +164,12 @@ def _own_tap_alone(hidden: Tensor, weight: Tensor, bias: Tensor | None, routing:
     centre = torch.zeros_like(weight)
     middle = weight.shape[-1] // 2
     centre[..., middle, middle] = weight[..., middle, middle]
-    right, wrong = (_ISLAND_CONV(hidden, w, bias, routing) for w in (weight, centre))
+    right, wrong = (_DENSE_CONV(hidden, w, bias, routing) for w in (weight, centre))
     coarse = torch.arange(right.shape[2]) >= routing.capacities[0]
     return torch.where(coarse[:, None], wrong, right)
 
 
-_ISLAND_CONV = stencil.island_conv
+_DENSE_CONV = stencil.full_resolution_conv
 
 
 def _wrong_count(sums: Tensor, tokens: Tensor | int, dtype: torch.dtype) -> Tensor:
@@ -185,9 +185,9 @@ MUTATIONS = {
     "decomposed position bias": (window, "patch_sums", _sums_of_one),
     "windows": (window, "patch_sums", _sums_of_one),
     "shifted windows": (window, "patch_sums", _sums_of_one),
-    "depthwise MLP": (stencil, "island_conv", _own_tap_alone),
-    "island": (island, "patch_means", _wrong_count),
-    "strided island": (island, "patch_means", _wrong_count),
+    "depthwise MLP": (stencil, "full_resolution_conv", _own_tap_alone),
+    "full resolution": (full_resolution, "patch_means", _wrong_count),
+    "strided convolution": (full_resolution, "patch_means", _wrong_count),
     "convolution on the main path": (pool, "patch_means", _wrong_count),
 }
 

@@ -21,9 +21,8 @@ from dgefx.passes.ops import argument, full_name, op_name
 from dgefx.passes.reasons import Reason
 
 if TYPE_CHECKING:
-    from dgefx.passes.emit.emitter import QueryGraphEmitter
-    from dgefx.passes.emit.packed import PackedQueryEmitter
-    from dgefx.passes.sides.find_axes import TokenAxesFinder
+    from dgefx.passes.emit.builder import GraphBuilder
+    from dgefx.passes.sides.token_axes import TokenFacts
 
 #: the value of a node that is no tensor, and a tensor of the right shape for one that is
 Values = Callable[[Node], Any]
@@ -107,14 +106,12 @@ class AttentionForm:
         ValueError: an empty name, or a query axis that is not negative.
 
     Attributes:
-        scales: places of arguments that are numbers which scores are multiplied by.
         levels: whether several of them in one module are the levels of one attention.
         stand_in: runs in place of the functions while a model is looked at, and in converted
             blocks. Called with whether it is enough to count the same FLOPs, and the arguments;
             `NotImplemented` where it is not the same.
     """
 
-    scales: tuple[int | str, ...] = ()
     levels: bool = False
     stand_in: Callable[..., Any] | None = None
 
@@ -168,7 +165,7 @@ class AttentionForm:
         """Why a call cannot convert, by the arguments it is given; None if it can."""
         return None
 
-    def check(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
+    def check(self, core: AttentionCore, facts: TokenFacts) -> None:
         """Whether an attention of a traced block can be written for queries.
 
         Raises:
@@ -177,11 +174,11 @@ class AttentionForm:
         reason = self.refusal(core.output)
         if reason is not None:
             raise Refused.because(reason)
-        self.check_axes(core, finder)
+        self.check_axes(core, facts)
 
-    def check_axes(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
+    def check_axes(self, core: AttentionCore, facts: TokenFacts) -> None:
         """The part of `check` that asks for the tokens."""
-        axes = finder.forms.get(core.output)
+        axes = facts.token_axes.get(core.output)
         if axes is not None and axes.kind == "full_resolution":
             # queries that are fewer than the tokens were refused before (`passes.locate.sites`)
             raise Refused(
@@ -198,18 +195,15 @@ class AttentionForm:
             "output does not follow queries",
         )
 
-    def emit(self, core: AttentionCore, emitter: QueryGraphEmitter, args: Any, kwargs: Any) -> Node:
+    def emit(self, core: AttentionCore, build: GraphBuilder, args: Any, kwargs: Any) -> Node:
         """Write the attention into the new graph.
 
         Args:
-            args, kwargs: of the call, on queries.
+            args, kwargs: of the call, on queries; masks, if it gathers them, per query.
         """
-        if self.gathers_mask:
-            axes, rank = emitter.forms[core.query], len(emitter._shape(core.query))
-            args, kwargs = emitter._gathered(core.output, axes, rank, args, kwargs)
-        return emitter._create(core.output, args, kwargs)
+        return build.create(core.output, args, kwargs)
 
-    def emit_packed(self, core: AttentionCore, emitter: PackedQueryEmitter) -> Node:
+    def emit_packed(self, core: AttentionCore, build: GraphBuilder) -> Node:
         """Write it for a batch whose images differ in their number of queries, which stand one
         after another; only where `packs`."""
         raise Refused(
@@ -220,9 +214,9 @@ class AttentionForm:
         )
 
     @staticmethod
-    def require_prefix(core: AttentionCore, emitter: PackedQueryEmitter) -> None:
+    def require_prefix(core: AttentionCore, build: GraphBuilder) -> None:
         """Packed queries of an image have its prefix tokens in front."""
-        if emitter.layout.prefix and not emitter.forms[core.query].prefix:
+        if build.facts.layout.prefix and not build.facts.token_axes[core.query].prefix:
             raise Refused(
                 f"{core.name}: prefix tokens are not among its queries, which packed queries of "
                 f"images of different numbers do not allow; {PER_IMAGE}",

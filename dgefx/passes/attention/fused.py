@@ -13,13 +13,11 @@ from dgefx.passes.ops import argument
 from dgefx.passes.reasons import Reason
 
 if TYPE_CHECKING:
-    from dgefx.passes.emit.packed import PackedQueryEmitter
+    from dgefx.passes.emit.builder import GraphBuilder
 
 
 class FusedAttention(AttentionForm):
     """Masks and biases are broadcast against (images, heads, queries, keys)."""
-
-    scales = (6, "scale")
 
     def __init__(self) -> None:
         super().__init__("scaled_dot_product_attention", gathers_mask=True)
@@ -32,45 +30,43 @@ class FusedAttention(AttentionForm):
             "causal attention",
         )
 
-    def emit_packed(self, core: AttentionCore, emitter: PackedQueryEmitter) -> Node:
-        axes, rank = emitter.forms[core.query], len(emitter._shape(core.query))
+    def emit_packed(self, core: AttentionCore, build: GraphBuilder) -> Node:
+        axes, rank = build.facts.token_axes[core.query], len(build.facts.shape(core.query))
         if axes.axes != (rank - 2,) or axes.batch != 0 or rank not in (3, 4):
             raise Refused(
                 f"{core.name}: queries are not laid out as (images, heads, tokens, C)",
                 "packed queries",
             )
-        self.require_prefix(core, emitter)
-        query = emitter._operand(core.query, False)
+        self.require_prefix(core, build)
+        query = build.operand(core.query)
         options: dict[str, Any] = {}
         for place, name, default in ((4, "dropout_p", 0.0), (6, "scale", None)):
             given: Any = argument(core.output, place, name, default)
-            if isinstance(given, Node):
-                given = emitter.context.get(given, emitter.query.get(given))
-            options[name] = given
+            options[name] = build.operand(given) if isinstance(given, Node) else given
         if argument(core.output, 7, "enable_gqa", False) is True:
             options["enable_gqa"] = True
         mask = argument(core.output, 3, "attn_mask")
         if isinstance(mask, Node):
-            options["attn_mask"] = self._packed_mask(core, mask, emitter)
-        context = (emitter.context[core.key], emitter.context[core.value])
-        return emitter.graph.create_node(
+            options["attn_mask"] = self._packed_mask(core, mask, build)
+        context = (build.context[core.key], build.context[core.value])
+        return build.graph.create_node(
             "call_function",
             packed_attention,
-            (query, *context, emitter.routing),
+            (query, *context, build.routing),
             options,
             name=core.name,
         )
 
     @staticmethod
-    def _packed_mask(core: AttentionCore, mask: Node, emitter: PackedQueryEmitter) -> Any:
+    def _packed_mask(core: AttentionCore, mask: Node, build: GraphBuilder) -> Any:
         """The table of all tokens in raster order; the kernel reads it per query."""
-        if mask in emitter.sides.on_queries:
+        if mask in build.facts.sides.on_queries:
             raise Refused(
                 f"{core.name}: its mask is made of the queries; {PER_IMAGE}", "packed queries"
             )
-        rows = emitter._shape(mask)[-2:-1]
-        emitter.positional |= rows != (1,)
-        table = emitter.context[mask]
+        rows = build.facts.shape(mask)[-2:-1]
+        build.positional |= rows != (1,)
+        table = build.context[mask]
         if not rows or rows == (1,):
             return table
-        return emitter._reordered(table, emitter.forms[core.query], -2, raster=True)
+        return build.reordered(table, build.facts.token_axes[core.query], -2, raster=True)

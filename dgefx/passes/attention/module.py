@@ -15,8 +15,8 @@ from dgefx.passes.reasons import Reason
 from dgefx.passes.trace.copies import HOOKED
 
 if TYPE_CHECKING:
-    from dgefx.passes.emit.packed import PackedQueryEmitter
-    from dgefx.passes.sides.find_axes import TokenAxesFinder
+    from dgefx.passes.emit.builder import GraphBuilder
+    from dgefx.passes.sides.token_axes import TokenFacts
 
 
 class ModuleAttention(AttentionForm):
@@ -30,14 +30,14 @@ class ModuleAttention(AttentionForm):
             return None
         return Reason("nn.MultiheadAttention with an attention mask", "attention mask")
 
-    def check_axes(self, core: AttentionCore, finder: TokenAxesFinder) -> None:
-        axes = finder.forms.get(core.query)
-        if axes is not None and axes.kind in ("window", "in_transit") and finder.windowed:
+    def check_axes(self, core: AttentionCore, facts: TokenFacts) -> None:
+        axes = facts.token_axes.get(core.query)
+        if axes is not None and axes.kind in ("window", "in_transit") and facts.windowed:
             raise Refused(
                 "nn.MultiheadAttention inside windows", "nn.MultiheadAttention in windows"
             )
 
-    def emit_packed(self, core: AttentionCore, emitter: PackedQueryEmitter) -> Node:
+    def emit_packed(self, core: AttentionCore, build: GraphBuilder) -> Node:
         """From the module's parameters."""
         node = core.output
         if node.op != "call_module":
@@ -45,7 +45,7 @@ class ModuleAttention(AttentionForm):
                 f"{node.name}: F.multi_head_attention_forward by itself; {PER_IMAGE}",
                 "packed queries",
             )
-        module = emitter.trace.root.get_submodule(str(node.target))
+        module = build.facts.trace.root.get_submodule(str(node.target))
         plain = (
             type(module) is nn.MultiheadAttention
             and not hasattr(module, HOOKED)
@@ -59,28 +59,27 @@ class ModuleAttention(AttentionForm):
             )
         assert isinstance(module, nn.MultiheadAttention)
         batch = 0 if module.batch_first else 1
-        if emitter.forms[core.query].batch != batch or len(emitter._shape(core.query)) != 3:
+        axes, rank = build.facts.token_axes[core.query], len(build.facts.shape(core.query))
+        if axes.batch != batch or rank != 3:
             raise Refused(
                 f"{node.name}: queries are not laid out as (images, tokens, C)", "packed queries"
             )
-        self.require_prefix(core, emitter)
+        self.require_prefix(core, build)
         weights = []
         for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
             owner, _, leaf = name.rpartition(".")
             there = getattr(module.get_submodule(owner), leaf) is not None
-            weights.append(
-                emitter.graph.create_node("get_attr", f"{node.target}.{name}") if there else None
-            )
+            weights.append(build.attribute(f"{node.target}.{name}") if there else None)
         operands = (
-            emitter._operand(core.query, False),
-            emitter.context[core.key],
-            emitter.context[core.value],
-            emitter.routing,
+            build.operand(core.query),
+            build.context[core.key],
+            build.context[core.value],
+            build.routing,
             *weights,
             module.num_heads,
             module.batch_first,
             module.dropout if module.training else 0.0,
         )
-        return emitter.graph.create_node(
+        return build.graph.create_node(
             "call_function", packed_multi_head_attention, operands, name=node.name
         )

@@ -26,7 +26,7 @@ from dgefx.passes.ops import Op, argument, named, op_name
 from dgefx.passes.walk import breadth_first
 
 if TYPE_CHECKING:
-    from dgefx.passes.emit.packed import PackedQueryEmitter
+    from dgefx.passes.emit.builder import GraphBuilder
 
 _JOINS = named(Op.MOVES | Op.JOINS | Op.CASTS)
 _WEIGHS = named(Op.PRODUCT) | {"mul"}
@@ -56,24 +56,24 @@ class SamplingAttention(AttentionForm):
             "output does not follow queries",
         )
 
-    def emit_packed(self, core: AttentionCore, emitter: PackedQueryEmitter) -> Node:
+    def emit_packed(self, core: AttentionCore, build: GraphBuilder) -> Node:
         """Positions are packed queries, maps are of every image."""
-        node, axes = core.output, emitter.forms[core.query]
-        rank = len(emitter._shape(core.query))
+        node, axes = core.output, build.facts.token_axes[core.query]
+        rank = len(build.facts.shape(core.query))
         if axes.batch != 0 or axes.axes[0] not in (1, 2) or rank != 4:
             raise Refused(
                 f"{node.name}: it does not sample per image and token; {PER_IMAGE}",
                 "packed queries",
             )
-        self.require_prefix(core, emitter)
-        value, grid = emitter.context[core.value], emitter._operand(core.query, False)
+        self.require_prefix(core, build)
+        value, grid = build.context[core.value], build.operand(core.query)
         options: dict[str, Any] = {
             "mode": argument(node, 2, "mode", "bilinear"),
             "padding_mode": argument(node, 3, "padding_mode", "zeros"),
             "align_corners": argument(node, 4, "align_corners"),
         }
-        operands = (value, grid, emitter.routing, axes.axes[0])
-        return emitter.graph.create_node(
+        operands = (value, grid, build.routing, axes.axes[0])
+        return build.graph.create_node(
             "call_function", packed_grid_sample, operands, options, name=node.name
         )
 

@@ -2,9 +2,9 @@
 
 The traced dense block runs node by node at its own size, with none of the generated code and no
 kernel: a value of the query side has an entry per token, equal within a patch. It is averaged over
-patches where the stream enters, after what mixes tokens (depthwise convolutions and other islands,
-products with tables), and so are tables with an entry per token before they meet it. Attention
-takes keys and values from the dense stream. Asked by `passes.plan.verify`.
+patches where the stream enters, after what mixes tokens (convolutions, products with tables), and
+so are tables with an entry per token before they meet it. Attention takes keys and values from the
+dense stream. Asked by `passes.plan.verify`.
 
 Of the passes it trusts the trace, the two sides and which axis of a value holds tokens. It knows
 no answer (`Unknown`) where a value that has to be averaged holds images on no axis of their own.

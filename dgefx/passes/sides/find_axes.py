@@ -1,30 +1,46 @@
-"""Pass 4b, forms: along which axes every value of the query side holds tokens, and who mixes them.
+"""Pass 4b, token axes: where every value of the query side holds tokens, and who mixes them.
 
 An oracle by perturbation, not a list of layers: the block runs again with one token changed in
 one image, keys and values held fixed. A value that changes only where that token lies has its
 token axis there; a value that changes elsewhere mixes tokens, and its change is confined again
-before going on, so that every node is judged by itself. Next: `passes.emit.rewrite`.
+before going on, so that every node is judged by itself. Next: `passes.sides.facts`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from dgefx.kernels.layout import has_parts
+from dgefx.kernels.layout import to_tokens
 from dgefx.passes.attention.registry import form_of
 from dgefx.passes.errors import Refused
 from dgefx.passes.layout import Layout
 from dgefx.passes.ops import Op, map_sources, named, op_name, run_node
 from dgefx.passes.randomise import randomise_constants
-from dgefx.passes.sides.full_resolution import FullResolution
+from dgefx.passes.sides.full_resolution import (
+    is_scrambled,
+    mixing_axes,
+    reads_full_resolution,
+)
 from dgefx.passes.sides.sides import Sides
-from dgefx.passes.sides.token_axes import Probe, TokenAxes, stream_axes
-from dgefx.passes.sides.window_axes import WindowAxesFinder
+from dgefx.passes.sides.token_axes import Probe, TokenAxes, TokenFacts, stream_axes
+from dgefx.passes.sides.window_axes import (
+    arrives,
+    find_rule,
+    is_movement,
+    labels_of,
+    lands,
+    partition_at,
+    token_labels,
+    window_candidates,
+)
+from dgefx.passes.sides.window_partition import Partition
 from dgefx.passes.trace.block_trace import Trace
 from dgefx.passes.trace.deterministic import Deterministic, seed_all
 
@@ -37,8 +53,50 @@ _HIDDEN = 1e8
 _UNINITIALISED = named(Op.UNINITIALISED)
 
 
-class TokenAxesFinder:
-    """Runs the probes over one traced block."""
+def find_token_axes(trace: Trace, sides: Sides, layout: Layout) -> TokenFacts:
+    """How every tensor of the query side holds tokens.
+
+    Raises:
+        Refused: the block yields NaN or infinity on ordinary input, changes shapes with its data,
+            or moves tokens in a way that is not followed.
+    """
+    randomise_constants(trace.root)
+    search = AxesSearch(trace, sides, layout)
+    search.run()
+    if search.hidden:  # what a softmax or a large bias leaves of a probe may be below rounding
+        precise = AxesSearch(trace, sides, layout)
+        try:
+            with _in_float64(trace.root):
+                precise.run(torch.float64)
+            search = precise
+        except (RuntimeError, TypeError):  # a kernel without float64
+            pass
+    rule = find_rule(search)
+    return TokenFacts(
+        trace, layout, sides, search.token_axes, search.values, search.partition, rule
+    )
+
+
+@contextlib.contextmanager
+def _in_float64(root: nn.Module) -> Iterator[None]:
+    types = {name: t.dtype for name, t in [*root.named_parameters(), *root.named_buffers()]}
+    try:
+        root.double()
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+                tensor.data = tensor.data.to(types[name])
+
+
+class AxesSearch:
+    """Runs the probes over one traced block.
+
+    Attributes:
+        values: of all nodes, on random input. token_axes: of those that have been judged.
+        partition: into windows, once one was read off. landing: the node that it was read off at.
+        hidden: nodes on which no probe was seen, although the stream's data reaches them.
+    """
 
     def __init__(self, trace: Trace, sides: Sides, layout: Layout) -> None:
         self.trace = trace
@@ -50,17 +108,11 @@ class TokenAxesFinder:
             Probe(0, height // 3, (2 * width) // 3),
             Probe(1, (2 * height) // 3, width // 3),
         )
-        self._start()
-
-    def _start(self) -> None:
-        self.base: dict[fx.Node, Any] = {}
-        self.forms: dict[fx.Node, TokenAxes] = {}
-        #: nodes on which no probe was seen, although the stream's data reaches them
+        self.values: dict[fx.Node, Any] = {}
+        self.token_axes: dict[fx.Node, TokenAxes] = {}
+        self.partition: Partition | None = None
+        self.landing: fx.Node | None = None
         self.hidden: list[fx.Node] = []
-        self.windows = WindowAxesFinder(
-            self.trace, self.sides, self.layout, self.base, self.forms, self._execute
-        )
-        self.islands = FullResolution(self)
 
     @property
     def images(self) -> int:
@@ -70,11 +122,12 @@ class TokenAxesFinder:
         return int(self.trace.values[self.sides.stream].shape[axis])
 
     @property
-    def windowed(self) -> bool:
-        """Whether attention sees parts of the image only."""
-        return self.windows.partition is not None
+    def windows(self) -> Partition:
+        """The whole image is one window where there are no others."""
+        return self.partition or Partition.whole(self.layout.grid)
 
-    def _execute(self, node: fx.Node, args: Any, kwargs: Any, index: int) -> Any:
+    def execute(self, node: fx.Node, args: Any, kwargs: Any, index: int) -> Any:
+        """Run a node; the random numbers that it draws follow from its index."""
         if node.op == "call_method" and str(node.target).endswith("_"):
             args = (args[0].clone(), *args[1:])  # the fill of a fresh tensor
         if form_of(node, self.trace.root) is not None:
@@ -91,41 +144,17 @@ class TokenAxesFinder:
             if node.op == "output":
                 break
             if node.op == "placeholder":
-                self.base[node] = inputs[node]
+                self.values[node] = inputs[node]
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.base.__getitem__)
-            self.base[node] = self._execute(node, args, kwargs, index)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+            self.values[node] = self.execute(node, args, kwargs, index)
 
-    def find(self) -> dict[fx.Node, TokenAxes]:
-        """The form of every tensor of the query side.
+    def run(self, dtype: torch.dtype | None = None) -> None:
+        """Find all token axes.
 
-        Raises:
-            Refused: the block yields NaN or infinity on ordinary input.
+        Args:
+            dtype: to compute in; None: that of the example.
         """
-        randomise_constants(self.trace.root)
-        forms = self._find()
-        if self.hidden:  # what a softmax or a large bias leaves of a probe may be below rounding
-            try:
-                forms = self._find_precisely()
-            except (RuntimeError, TypeError):  # a kernel without float64
-                self._start()
-                forms = self._find()
-        return forms
-
-    def _find_precisely(self) -> dict[fx.Node, TokenAxes]:
-        """In float64."""
-        root = self.trace.root
-        types = {name: t.dtype for name, t in [*root.named_parameters(), *root.named_buffers()]}
-        self._start()
-        try:
-            root.double()
-            return self._find(torch.float64)
-        finally:
-            with torch.no_grad():
-                for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-                    tensor.data = tensor.data.to(types[name])
-
-    def _find(self, dtype: torch.dtype | None = None) -> dict[fx.Node, TokenAxes]:
         stream = self.sides.stream
         generator = torch.Generator().manual_seed(1)
         example: Tensor = self.trace.values[stream]
@@ -138,15 +167,15 @@ class TokenAxesFinder:
         noise = inputs[stream]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             self._run_base(inputs)
-            result = self.base[self.sides.output]
+            result = self.values[self.sides.output]
             if not bool(torch.isfinite(result).all()):
                 raise Refused("the block yields NaN or infinity on random input", "NaN or infinity")
             changed = [self._moved_stream(noise, probe) for probe in self.probes]
-            return self._judge(changed)
+            self._judge(changed)
 
     def _moved_stream(self, base: Tensor, probe: Probe) -> Tensor:
         moved = base.clone()
-        view = self._canonical(moved)
+        view = to_tokens(moved, self.layout.order)  # of the same memory
         token = probe.row * self.layout.grid[1] + probe.column
         token = self.layout.prefix + self.layout.position(token)
         generator = torch.Generator().manual_seed(2)
@@ -154,91 +183,85 @@ class TokenAxesFinder:
         view[probe.image, token] += 3 * torch.randn(view.shape[-1], generator=generator).to(view)
         return moved
 
-    def _canonical(self, stream: Tensor) -> Tensor:
-        """A (B, N, C)-indexed view that writes through to the stream."""
-        order = self.layout.order
-        if order == "BHWC":
-            return stream.view(stream.shape[0], -1, stream.shape[-1])
-        if order == "BCHW":
-            return stream.view(*stream.shape[:2], -1).transpose(1, 2)
-        if has_parts(order):
-            return stream.view(-1, *stream.shape[2:])
-        return {
-            "BNC": lambda s: s,
-            "NBC": lambda s: s.transpose(0, 1),
-            "BCN": lambda s: s.transpose(1, 2),
-        }[order](stream)
-
-    def _judge(self, streams: list[Tensor]) -> dict[fx.Node, TokenAxes]:
-        forms = self.forms
+    def _judge(self, streams: list[Tensor]) -> None:
         moved: list[dict[fx.Node, Any]] = [{self.sides.stream: s} for s in streams]
-        forms[self.sides.stream] = stream_axes(self.layout)
+        self.token_axes[self.sides.stream] = stream_axes(self.layout)
         judged = self.sides.query_side | self.sides.main
         for index, node in enumerate(self.trace.graph.nodes):
             if node not in judged or node is self.sides.stream:
                 continue
             for values in moved:
                 args, kwargs = self._arguments(node, values)
-                values[node] = self._execute(node, args, kwargs, index)
-            value = self.base[node]
-            if not isinstance(value, Tensor):
-                continue
-            forms[node] = self._form(node, value, moved, forms)
-        return forms
+                values[node] = self.execute(node, args, kwargs, index)
+            value = self.values[node]
+            if isinstance(value, Tensor):
+                self.token_axes[node] = self._axes_of(node, value, moved)
 
     def _arguments(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         judged = self.sides.query_side | self.sides.main
 
         def pick(source: fx.Node, crosses: bool) -> Any:
             outside = crosses or source not in judged
-            return self.base[source] if outside else values.get(source, self.base[source])
+            return self.values[source] if outside else values.get(source, self.values[source])
 
         return map_sources(node, self.sides.edges, pick)
 
-    def _form(
-        self,
-        node: fx.Node,
-        value: Tensor,
-        moved: list[dict[fx.Node, Any]],
-        forms: dict[fx.Node, TokenAxes],
-    ) -> TokenAxes:
+    def _axes_of(self, node: fx.Node, value: Tensor, moved: list[dict[fx.Node, Any]]) -> TokenAxes:
         if op_name(node, self.trace.root) in _UNINITIALISED:
             return TokenAxes("no_tokens")
         changes = []
         for values in moved:
             values[node], change = _keep_changes(value, values[node])
             changes.append(change)
-
-        def fits(form: TokenAxes) -> bool:
-            pairs = zip(changes, self.probes, strict=True)
-            return all(_only_at(c, self.place(form, p)) for c, p in pairs)
-
-        if not any(len(change) for change in changes):
-            if any(form.kind != "no_tokens" for form in self._source_forms(node)):
-                self.hidden.append(node)
-            return TokenAxes("no_tokens", batch=_batch_axis(changes, self.probes))
         batch = _batch_axis(changes, self.probes)
-        if self.islands.is_inside(node):
-            found = next((f for f in self._all_candidates(value, batch) if fits(f)), None)
-            return self.islands.leave(node, value, moved, found)
-        if self.windows.partition is None and self.windows.arrives(node):
+        if not any(len(change) for change in changes):
+            if any(held.kind != "no_tokens" for held in self._source_axes(node)):
+                self.hidden.append(node)
+            return TokenAxes("no_tokens", batch=batch)
+        if reads_full_resolution(self, node):
+            found = (
+                f for f in self._all_candidates(value, batch) if self._changes_at(f, changes, value)
+            )
+            return mixing_axes(self, node, value, moved, next(found, None))
+        if self.partition is None and arrives(self, node):
             back = self._raster_plane(node, changes, value, batch)
             if back is not None:
                 return back
-            self.windows.read(node)
-            if self.windows.landing is node:  # even if one window holds everything at this size
-                for landed in self.windows.candidates(value):
+            self._read_partition(node)
+            if self.landing is node:  # even if one window holds everything at this size
+                for landed in window_candidates(self, value):
                     if self._is_at(landed, node, changes, value):
                         return landed
-        form = self._matching(node, changes, value, batch)
-        if form is None and self.windows.moves_tokens(node):
-            if self.windows.lands(node):
-                self.windows.read(node)
-                form = self._matching(node, changes, value, batch)
-            form = form or TokenAxes("in_transit")
-        if form is not None and not self.windowed and self.islands.is_scrambled(node, form):
-            return self.islands.leave(node, value, moved, form)
-        return form or self.islands.leave(node, value, moved, None)
+        held = self._matching(node, changes, value, batch)
+        if held is None and is_movement(self, node):
+            if lands(self, node):
+                self._read_partition(node)
+                held = self._matching(node, changes, value, batch)
+            held = held or TokenAxes("in_transit")
+        if held is not None and (self.partition is not None or not is_scrambled(self, node, held)):
+            return held
+        return mixing_axes(self, node, value, moved, held)
+
+    def _read_partition(self, node: fx.Node) -> None:
+        found = partition_at(self, node, self.values, self.layout.grid)
+        if self.partition is not None and found is not None:
+            raise Refused("the block has two different partitions into windows", "windows")
+        if self.partition is None and found is not None:
+            self.partition, self.landing = found, node
+
+    def label(self, held: TokenAxes, probe: Probe) -> int:
+        """Of the perturbed token, see `labels_of`."""
+        height, width = self.layout.grid
+        image = 0 if held.batch is None else probe.image
+        return 1 + image * height * width + probe.row * width + probe.column
+
+    def _changes_at(self, held: TokenAxes, changes: list[Tensor], value: Tensor) -> bool:
+        """Whether what changed is where these token axes put the perturbed tokens."""
+        labels = labels_of(self, held, value.shape, self.layout.grid)
+        return all(
+            bool((labels[change.unbind(1)] == self.label(held, probe)).all())
+            for change, probe in zip(changes, self.probes, strict=True)
+        )
 
     def _raster_plane(
         self, node: fx.Node, changes: list[Tensor], value: Tensor, batch: int | None
@@ -246,59 +269,58 @@ class TokenAxesFinder:
         """The image's own grid, where movement puts the tokens of a stream in another order."""
         if self.layout.token_order is None:
             return None
-        planes = [form for form in self.candidates(value, batch) if form.kind == "grid"]
-        return next((form for form in planes if self._is_at(form, node, changes, value)), None)
+        planes = [held for held in self.candidates(value, batch) if held.kind == "grid"]
+        return next((held for held in planes if self._is_at(held, node, changes, value)), None)
 
-    def _is_at(self, form: TokenAxes, node: fx.Node, changes: list[Tensor], value: Tensor) -> bool:
-        """Whether what changed is exactly where the form says; of data movement, whether the token
+    def _is_at(self, held: TokenAxes, node: fx.Node, changes: list[Tensor], value: Tensor) -> bool:
+        """Whether what changed is exactly at these token axes; of data movement, whether the token
         numbers are those that the movement makes."""
-        pairs = zip(changes, self.probes, strict=True)
-        if not all(_only_at(c, self.place(form, p)) for c, p in pairs):
+        if not self._changes_at(held, changes, value):
             return False
-        if form.batch is None or self.layout.prefix or not self.windows.moves_tokens(node):
+        if held.batch is None or self.layout.prefix or not is_movement(self, node):
             return True
         grid = self.layout.grid
-        numbers = self.windows.numbers(node, self.base, grid)
-        return torch.equal(numbers, self.windows.seed(form, value.shape, grid))
+        labels = token_labels(self, node, self.values, grid)
+        return torch.equal(labels, labels_of(self, held, value.shape, grid))
 
     def _matching(
         self, node: fx.Node, changes: list[Tensor], value: Tensor, batch: int | None
     ) -> TokenAxes | None:
-        """The form that fits; the form of a source, if it still does."""
+        """The token axes that fit; those of a source, if they still do."""
 
-        def fit(form: TokenAxes) -> bool:
-            return self._is_at(form, node, changes, value)
+        def fit(held: TokenAxes) -> bool:
+            return self._is_at(held, node, changes, value)
 
         for source in node.all_input_nodes:
-            form = self.forms.get(source)
-            if form is None or form.batch is None or form.kind in ("no_tokens", "in_transit"):
+            held = self.token_axes.get(source)
+            if held is None or held.batch is None or held.kind in ("no_tokens", "in_transit"):
                 continue
-            kept = dataclasses.replace(form, mixes=False)
-            if max(kept.axes) < value.dim() and fit(kept):
+            kept = dataclasses.replace(held, mixes=False)
+            if fit(kept):
                 return kept
         found = [next((f for f in self.candidates(value, batch) if fit(f)), None)]
-        found.append(next((f for f in self.windows.candidates(value) if fit(f)), None))
+        found.append(next((f for f in window_candidates(self, value) if fit(f)), None))
         # a single window holds every token too, but only at this size
-        inside = any(form.kind == "window" for form in self._source_forms(node))
+        inside = any(held.kind == "window" for held in self._source_axes(node))
         plain, window = found
-        if self.windowed and inside:
+        if self.partition is not None and inside:
             return window or plain
         return plain if plain is not None and plain.batch is not None else window or plain
 
-    def _source_forms(self, node: fx.Node) -> list[TokenAxes]:
-        """Forms of what a node reads, also of what a tuple that it reads was made of."""
+    def _source_axes(self, node: fx.Node) -> list[TokenAxes]:
+        """Token axes of what a node reads, also of what a tuple that it reads was made of."""
         found = []
         for source in node.all_input_nodes:
-            origins = [source] if source in self.forms else source.all_input_nodes
-            found += [self.forms[n] for n in origins if n in self.forms]
+            origins = [source] if source in self.token_axes else source.all_input_nodes
+            found += [self.token_axes[n] for n in origins if n in self.token_axes]
         return found
 
     def _all_candidates(self, value: Tensor, batch: int | None) -> list[TokenAxes]:
-        plain = [form for form in self.candidates(value, batch) if form.batch is not None]
-        return plain + self.windows.candidates(value)
+        plain = [held for held in self.candidates(value, batch) if held.batch is not None]
+        return plain + window_candidates(self, value)
 
     def candidates(self, value: Tensor, batch: int | None) -> list[TokenAxes]:
-        """Forms, other than of windows, that a value of this shape may have."""
+        """Token axes, other than of windows, that a value of this shape may have."""
         shape = value.shape
         height, width = self.layout.grid
         found = []
@@ -314,20 +336,6 @@ class TokenAxesFinder:
             if tuple(shape[axis : axis + 2]) == (height, width):
                 found.append(TokenAxes("grid", (axis, axis + 1), False, batch))
         return found
-
-    def place(self, form: TokenAxes, probe: Probe) -> dict[int, range]:
-        """Axis -> indices of the perturbed token in a value of this form."""
-        if form.kind == "window":
-            return self.windows.place(form, probe)
-        if form.kind == "grid":
-            found = {form.axes[0]: probe.row, form.axes[1]: probe.column}
-        else:
-            offset = self.layout.prefix if form.prefix else 0
-            index = offset + self.layout.position(probe.row * self.layout.grid[1] + probe.column)
-            if form.kind == "batch_merged":
-                index += probe.image * (offset + self.layout.grid[0] * self.layout.grid[1])
-            found = {form.axes[0]: index}
-        return {axis: range(index, index + 1) for axis, index in found.items()}
 
 
 def _keep_changes(base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,18 +366,9 @@ def _keep_changes(base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batch_axis(changes: list[Tensor], probes: tuple[Probe, ...]) -> int | None:
+    """The axis on which every change is of its probe's image."""
     for axis in range(changes[0].shape[1]):
-        if all(
-            len(c) and _only_at(c, {axis: range(p.image, p.image + 1)})
-            for c, p in zip(changes, probes, strict=True)
-        ):
+        pairs = zip(changes, probes, strict=True)
+        if all(len(c) and bool((c[:, axis] == probe.image).all()) for c, probe in pairs):
             return axis
     return None
-
-
-def _only_at(change: Tensor, place: dict[int, range]) -> bool:
-    """Whether all of these elements have the given indices on the given axes."""
-    return all(
-        bool(((change[:, axis] >= index.start) & (change[:, axis] < index.stop)).all())
-        for axis, index in place.items()
-    )

@@ -1,9 +1,9 @@
-"""Pass 4c, projections: fused linear layers that both sides want, and who needs which rows.
+"""Pass 4g, projections: fused linear layers that both sides want, and who needs which rows.
 
 A linear layer computed in both sides (fused qkv) is followed, on feature numbers, through pure
 data movement to the values that the attention reads. Each side then computes only the rows that
 arrive there. What cannot be followed is computed whole in both sides: exact, only slower.
-Next: `passes.emit.rewrite`.
+Used by `passes.sides.facts`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dgefx.passes.ops import MOVEMENT, argument, op_name, run_node
+from dgefx.passes.labels import moved, numbered
+from dgefx.passes.ops import MOVEMENT, argument, op_name
 from dgefx.passes.sides.sides import Sides
+from dgefx.passes.sides.token_axes import TokenFacts
 from dgefx.passes.trace.block_trace import Trace
 from dgefx.passes.trace.copies import HOOKED
 
@@ -63,6 +65,10 @@ class FusedProjection:
     query: dict[fx.Node, Part]
     context: dict[fx.Node, Part]
 
+    def parts(self, context: bool) -> dict[fx.Node, Part]:
+        """Those of one side."""
+        return self.context if context else self.query
+
 
 def linear_operands(node: fx.Node) -> tuple[fx.Node, Any, Any]:
     """(input, weight, bias) of a linear node; weight and bias are module attribute names for
@@ -74,49 +80,42 @@ def linear_operands(node: fx.Node) -> tuple[fx.Node, Any, Any]:
     return source, argument(node, 1, "weight"), argument(node, 2, "bias")
 
 
-def _moves(node: fx.Node, trace: Trace) -> bool:
+def moves_data(node: fx.Node, trace: Trace) -> bool:
     """Whether a node but moves data; one that stops gradients has to stay."""
+    if not node.op.startswith("call_") or node.op == "call_module":
+        return False
     name = op_name(node, trace.root)
-    return node.op != "call_module" and name in MOVEMENT and name != "detach"
+    return name in MOVEMENT and name != "detach"
 
 
-class _Follower:
-    """Carries (position, feature) numbers of a projection's output through data movement."""
+class _Rows:
+    """Follows (position, feature) labels of a projection's output through data movement."""
 
-    def __init__(self, trace: Trace, base: dict[fx.Node, Any], linear: fx.Node) -> None:
-        self.trace, self.base, self.linear = trace, base, linear
-        shape = base[linear].shape
-        self.count = shape[-1]
-        positions = torch.arange(shape[:-1].numel()).view(*shape[:-1], 1)
-        self.rows_per_image = positions.numel() // shape[0]
-        self.numbers: dict[fx.Node, Any] = {
-            linear: positions * self.count + torch.arange(self.count)
-        }
+    def __init__(self, facts: TokenFacts, linear: fx.Node) -> None:
+        self.facts = facts
+        shape = facts.values[linear].shape
+        self.images, self.count = shape[0], shape[-1]
+        self.rows_per_image = shape[1:-1].numel()
+        self.labels: dict[fx.Node, Any] = {linear: numbered(shape, range(len(shape)))}
 
-    def follow(self, node: fx.Node) -> Any:
-        if node not in self.numbers:
-            source = node.all_input_nodes[0]
-            self.follow(source)
-
-            def pick(n: fx.Node) -> Any:
-                return self.numbers.get(n, self.base[n])
-
-            args, kwargs = fx.map_arg((node.args, node.kwargs), pick)
-            self.numbers[node] = run_node(node, self.trace.root, args, kwargs)
-        return self.numbers[node]
+    def _follow(self, node: fx.Node) -> Any:
+        if node not in self.labels:
+            self._follow(node.all_input_nodes[0])
+            values, root = self.facts.values, self.facts.trace.root
+            self.labels[node] = moved(node, self.labels, values.__getitem__, root)
+        return self.labels[node]
 
     def part(self, node: fx.Node) -> Part | None:
         """How the projection's rows lie in `node`, or None if they are not one plain range."""
-        numbers = self.follow(node)
-        if not isinstance(numbers, Tensor):
+        labels = self._follow(node)
+        if not isinstance(labels, Tensor):
             return None
-        found = self._plain_part(numbers)
+        found = self._plain_part(labels)
         if found is not None:
             return found
-        images = self.numbers[self.linear].shape[0]
-        for axis, size in enumerate(numbers.shape):
-            if size % images == 0 and size > images:  # images and heads on one axis
-                split = self._plain_part(numbers.unflatten(axis, (images, -1)))
+        for axis, size in enumerate(labels.shape):
+            if size % self.images == 0 and size > self.images:  # images and heads on one axis
+                split = self._plain_part(labels.unflatten(axis, (self.images, -1)))
                 if split is not None:
                     return dataclasses.replace(split, merged=axis)
         return None
@@ -150,33 +149,14 @@ class _Follower:
         stop = start + int(torch.Size(sizes).numel())
         source = [batch, *places, *features]
         order = tuple(source.index(axis) for axis in axes)
+        if stop > self.count or not sizes or len(order) != len(source):
+            return None
+        rows = torch.arange(self.images * self.rows_per_image).view(self.images, *lengths, 1)
+        rows = (rows * self.count + torch.arange(start, stop)).unflatten(-1, sizes).permute(order)
+        if not torch.equal(rows, numbers.squeeze()):
+            return None
         singles = tuple(a for a, size in enumerate(numbers.shape) if size == 1)
-        expected = self._arranged(start, stop, sizes, order, singles, lengths)
-        if expected is None or not torch.equal(expected, numbers):
-            return None
         return Part(start, stop, sizes, order, singles, lengths if len(lengths) > 1 else ())
-
-    def _arranged(
-        self,
-        start: int,
-        stop: int,
-        sizes: tuple[int, ...],
-        order: tuple[int, ...],
-        singles: tuple[int, ...],
-        lengths: tuple[int, ...],
-    ) -> Tensor | None:
-        if stop > self.count or not sizes:
-            return None
-        images = self.numbers[self.linear].shape[0]
-        position = torch.arange(images * self.rows_per_image).view(images, *lengths, 1)
-        value = position * self.count + torch.arange(start, stop)
-        value = value.unflatten(-1, sizes)
-        if value.dim() != len(order):
-            return None
-        value = value.permute(order)
-        for axis in singles:
-            value = value.unsqueeze(axis)
-        return value if value.numel() else None
 
 
 def _step(numbers: Tensor, axis: int) -> int | None:
@@ -186,93 +166,46 @@ def _step(numbers: Tensor, axis: int) -> int | None:
     return int(second - first)
 
 
-def fused_projections(
-    trace: Trace, sides: Sides, base: dict[fx.Node, Any]
-) -> list[FusedProjection]:
-    """Linear layers of both sides whose rows can be told apart.
-
-    Args:
-        base: a value for every node, with at least two images.
-    """
+def fused_projections(facts: TokenFacts) -> list[FusedProjection]:
+    """Linear layers of both sides whose rows can be told apart."""
     found = []
-    for node in trace.graph.nodes:
-        if node not in sides.query_side or node not in sides.context_side:
-            continue
-        if op_name(node, trace.root) != "linear":
+    for node in facts.trace.graph.nodes:
+        both = node in facts.sides.query_side and node in facts.sides.context_side
+        if not both or facts.name(node) != "linear":
             continue
         if node.op == "call_module":
-            module = trace.root.get_submodule(str(node.target))
+            module = facts.trace.root.get_submodule(str(node.target))
             if type(module) is not torch.nn.Linear or hasattr(module, HOOKED):
                 continue
-        follower = _Follower(trace, base, node)
-        parts: list[dict[fx.Node, Part]] = []
-        for side, edges in ((sides.query_side, False), (sides.context_side, True)):
-            parts.append(_side_parts(follower, sides, side, edges, trace, node))
-        if all(parts):
-            found.append(FusedProjection(node, *parts))
+        rows = _Rows(facts, node)
+        query, context = (_side_parts(rows, facts, node, context) for context in (False, True))
+        if query and context:
+            found.append(FusedProjection(node, query, context))
     return found
 
 
 def _side_parts(
-    follower: _Follower,
-    sides: Sides,
-    side: frozenset[fx.Node],
-    is_context: bool,
-    trace: Trace,
-    linear: fx.Node,
-) -> dict[fx.Node, Part]:
-    """The values in `side` through which the projection is read, or nothing if one cannot be told.
+    rows: _Rows, facts: TokenFacts, node: fx.Node, context: bool
+) -> dict[fx.Node, Part] | None:
+    """The values of a side through which `node` is read, or nothing if one cannot be told.
 
     As far along the data movement as every reader can still be told its rows.
     """
-
-    def held_here(node: fx.Node, deeper: dict[fx.Node, Part]) -> dict[fx.Node, Part] | None:
-        """`node` itself where its size is read: it would be projected for that alone. Not if it
-        has more rows than what is read through it."""
-        sizes = (int, torch.Size)
-        if not any(u in side and isinstance(trace.values.get(u), sizes) for u in node.users):
-            return None
-        part = follower.part(node)
-        start = min((p.start for p in deeper.values()), default=0)
-        stop = max((p.stop for p in deeper.values()), default=0)
-        if part is None or not part.keeps_features_last or (part.start, part.stop) != (start, stop):
-            return None
-        return {node: part}
-
-    def resolve(node: fx.Node) -> dict[fx.Node, Part] | None:
-        readers = [
-            user
-            for user in node.users
-            if _reads(user, node, sides, side, is_context)
-            and not isinstance(trace.values.get(user), (int, torch.Size))
-        ]
-        followed = [u in side and _moves(u, trace) and u.args[0] is node for u in readers]
-        if all(followed):
-            deeper = [resolve(user) for user in readers]
-            if all(found is not None for found in deeper):
-                parts = {n: part for found in deeper if found for n, part in found.items()}
-                if all(part.keeps_features_last for part in parts.values()):
-                    return held_here(node, parts) or parts
-        part = follower.part(node)
-        return None if part is None else {node: part}
-
-    return resolve(linear) or {}
+    readers = [user for user in node.users if _reads(user, node, facts.sides, context)]
+    if all(moves_data(user, facts.trace) and user.args[0] is node for user in readers):
+        deeper = [_side_parts(rows, facts, user, context) for user in readers]
+        if all(found is not None for found in deeper):
+            parts = {n: part for found in deeper if found for n, part in found.items()}
+            if all(part.keeps_features_last for part in parts.values()):
+                return parts
+    part = rows.part(node)
+    return None if part is None else {node: part}
 
 
-def _reads(
-    user: fx.Node,
-    node: fx.Node,
-    sides: Sides,
-    side: frozenset[fx.Node],
-    is_context: bool,
-) -> bool:
+def _reads(user: fx.Node, node: fx.Node, sides: Sides, context: bool) -> bool:
     """Whether `user` reads `node` as it is in the given side."""
-    crossing = user in sides.query_side and any(
-        source is node and crosses for source, crosses in sides.sources(user)
-    )
-    direct = user in sides.query_side and any(
-        source is node and not crosses for source, crosses in sides.sources(user)
-    )
-    if is_context:
-        return crossing or user in sides.context_side
-    return direct and user in side
+    if user in sides.query_side:
+        crossings = {crosses for source, crosses in sides.sources(user) if source is node}
+        if context in crossings:
+            return True
+    return context and user in sides.context_side

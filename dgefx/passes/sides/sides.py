@@ -2,32 +2,31 @@
 
 A block's graph is evaluated in two sides. Everything its output needs runs in the query side,
 until an edge into an attention core's keys or values crosses into the context side, where the
-stream is the dense input. What does not depend on the stream is shared. Next:
-`passes.sides.find_axes`.
+stream is the dense input. What does not depend on the stream is shared. Sizes belong to neither
+side: they are those of the dense grid. Next: `passes.sides.find_axes`.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from dgefx.passes.attention.core import AttentionCore
-from dgefx.passes.attention.registry import find_cores, form_of
+from dgefx.passes.attention.registry import find_cores
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import ELEMENTWISE, MOVEMENT, VIEWS, Op, map_sources, named, op_name
-from dgefx.passes.sides.token_axes import size_read
+from dgefx.passes.ops import MOVEMENT, Op, map_sources, named, op_name
 from dgefx.passes.trace.block_trace import Trace
 
 
 @dataclass(frozen=True)
 class Sides:
-    """query, context: nodes that run in each side (a node may run in both, or in none).
+    """query, context: tensors that are computed in each side (one may be in both, or in none).
 
     Tensors that do not come from the stream's data (bias tables, RoPE, masks), even if they are
     made to its size, belong to the context: queries read them through `gather_constant`.
@@ -49,7 +48,7 @@ class Sides:
     main: frozenset[Node]  # context nodes on the way to a pooled one
     unread: frozenset[Node]  # results beside the output that the model does not read
 
-    @property
+    @functools.cached_property
     def on_queries(self) -> frozenset[Node]:
         """Nodes that have a value in the query side."""
         return self.query_side | self.pooled
@@ -62,6 +61,18 @@ class Sides:
     def core_at(self, node: Node) -> AttentionCore | None:
         """The core whose result `node` is."""
         return next((core for core in self.cores if core.output is node), None)
+
+    def tables_of(self, node: Node) -> list[tuple[int | str, Node]]:
+        """(position or keyword, tensor) of arguments that do not come from the stream's data."""
+        places: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
+        return [
+            (place, source)
+            for place, source in places
+            if isinstance(source, Node)
+            and source not in self.on_queries
+            and source in self.context_side
+            and (node, place) not in self.edges
+        ]
 
     def sources(self, node: Node) -> list[tuple[Node, bool]]:
         """(producer, whether it enters from the context side) for every argument of `node`."""
@@ -88,23 +99,15 @@ def carries_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
+def is_size(trace: Trace, node: Node) -> bool:
+    """Whether a node's value is computed and no tensor: a size, a type, a number made of them."""
+    return node.op.startswith("call_") and not carries_tensor(trace.values.get(node))
+
+
 def _data_dependent(trace: Trace, flow: nx.DiGraph, stream: Node) -> set[Node]:
     """Nodes that the stream's data reaches: through tensors, not through mere sizes."""
     tensors = [n for n in flow if n.op == "output" or carries_tensor(trace.values.get(n))]
     return set(nx.descendants(flow.subgraph(tensors), stream)) | {stream}
-
-
-def _tensors_behind(trace: Trace, flow: nx.DiGraph, size: Node) -> set[Node]:
-    """The tensors whose shapes a size is computed from."""
-    found: set[Node] = set()
-    front = [size]
-    while front:
-        for source in flow.predecessors(front.pop()):
-            if carries_tensor(trace.values.get(source)):
-                found.add(source)
-            else:
-                front.append(source)
-    return found
 
 
 def _results(trace: Trace) -> list[Node]:
@@ -154,17 +157,10 @@ def main_path(trace: Trace, flow: nx.DiGraph, stream: Node, output: Node) -> lis
 
 
 class _Walk:
-    """Assigns nodes to sides, backwards from the output."""
+    """Assigns tensors to sides, backwards from the output."""
 
-    def __init__(
-        self,
-        trace: Trace,
-        stream: Node,
-        token_counts: frozenset[int],
-        update: bool,
-        first_only: bool,
-    ) -> None:
-        self.trace, self.stream, self.token_counts = trace, stream, token_counts
+    def __init__(self, trace: Trace, stream: Node, update: bool, first_only: bool) -> None:
+        self.trace, self.stream = trace, stream
         self.cores = tuple(find_cores(trace.graph, trace.values.get, trace.root))
         if not self.cores:
             raise Refused("no attention in the traced block", "other")
@@ -175,8 +171,6 @@ class _Walk:
         )
         self.flow = block_flow(trace.graph)
         self.output = find_output(trace, self.flow, stream, first_only)
-        self.sized = nx.descendants(self.flow, stream)
-        self.edges |= self._numbers()
         self.data = _data_dependent(trace, self.flow, stream)
         # an update has no main path: attention is on every way to it
         path = [stream] if update else main_path(trace, self.flow, stream, self.output)
@@ -187,28 +181,9 @@ class _Walk:
         self.context: set[Node] = set()
         self.materialised: set[Node] = set()
         self.pooled: set[Node] = set()
-        self.deferred: list[Node] = []
+        self.measured: set[Node] = set()  # tensors whose sizes are read
         self.front: list[tuple[Node, set[Node]]] = []
         self._dense_tail: set[Node] = set()
-
-    def _numbers(self) -> set[tuple[Node, int | str]]:
-        """(node, place) of sizes that tensors are scaled by: they are those of the dense grid,
-        whatever the number of queries (a mean written out, a temperature that follows N)."""
-        found: set[tuple[Node, int | str]] = set()
-        for node in self.trace.graph.nodes:
-            if not carries_tensor(self.trace.values.get(node)) or node.op == "call_module":
-                continue
-            form = form_of(node, self.trace.root)
-            scales = () if form is None else form.scales
-            found |= {
-                (node, place)
-                for place, value in [*enumerate(node.args), *node.kwargs.items()]
-                if (self._name(node) in ELEMENTWISE or place in scales)
-                and isinstance(value, Node)
-                and self._is_size(value)
-                and isinstance(self.trace.values[value], (int, float))
-            }
-        return found
 
     def _name(self, node: Node) -> str:
         return op_name(node, self.trace.root)
@@ -223,15 +198,9 @@ class _Walk:
             and not any(core.output is node for core in self.cores)
         )
 
-    def _is_size(self, node: Node) -> bool:
-        return node in self.sized and not carries_tensor(self.trace.values.get(node))
-
-    def _enter(self, node: Node, asked: set[Node], of_view: bool) -> None:
-        if self._is_size(node):
-            if not self._is_plain(node, of_view and asked is self.query):
-                self.front.append((node, asked))
-            elif node not in self.query and node not in self.context:
-                self.deferred.append(node)
+    def _enter(self, node: Node, asked: set[Node]) -> None:
+        if is_size(self.trace, node):
+            self._measure(node)
             return
         if asked is self.query:
             if node not in self.data:
@@ -249,41 +218,17 @@ class _Walk:
             asked = self.query
         self.front.append((node, asked))
 
-    def _is_plain(self, node: Node, of_view: bool) -> bool:
-        """Whether a size is the same in both sides, or not looked at (that of a view)."""
-        value = self.trace.values[node]
-        return isinstance(value, (torch.dtype, torch.device)) or (
-            isinstance(value, int)
-            and (of_view or value not in self.token_counts or self._counts_keys(node))
-        )
-
-    def _counts_keys(self, size: Node) -> bool:
-        """Whether it is read off attention scores, along the axis of the keys."""
-        read = size_read(size, self.trace)
-        if read is None:
-            return False
-        tensor, axis = read
-        place = (tensor, axis - self.trace.values[tensor].dim())
-        return any(place in core.key_axes for core in self.cores)
-
-    def _settle(self, size: Node) -> None:
-        """Read a plain size where its tensors are computed anyway."""
-        tensors = _tensors_behind(self.trace, self.flow, size)
-        if size in self.query or size in self.context:
-            return
-        in_query = tensors <= self.query | self.pooled
-        if isinstance(self.trace.values[size], int):
-            # dtypes and devices are no numbers of tokens: any side's will do
-            in_query = in_query and not tensors <= self.context
-        self.front.append((size, self.query if in_query else self.context))
+    def _measure(self, size: Node) -> None:
+        """Note the tensors that a size, or a type, is computed from."""
+        for source in size.all_input_nodes:
+            if is_size(self.trace, source):
+                self._measure(source)
+            else:
+                self.measured.add(source)
 
     def _visit_sources(self, node: Node, side: set[Node]) -> None:
-        # a view's sizes along the token axes are replaced, its other sizes are those of the context
-        is_view = node.op != "call_module" and self._name(node) in VIEWS
-
         def visit(source: Node, crosses: bool) -> Node:
-            crosses = crosses and side is self.query
-            self._enter(source, self.context if crosses else side, is_view)
+            self._enter(source, self.context if crosses and side is self.query else side)
             return source
 
         map_sources(node, self.edges, visit)
@@ -299,22 +244,23 @@ class _Walk:
             self._dense_tail = set(self.path[self.path.index(node) :])
         else:
             self.front.append((self.output, self.query))
-            self._dense_tail = set()
-        # sizes that the block returns are those of the dense grid
         for node in _results(self.trace):
-            if self._is_size(node):
-                self.front.append((node, self.context))
+            if is_size(self.trace, node):
+                self._measure(node)
 
     def run(self) -> Sides:
         self._start()
-        while self.front or self.deferred:
-            if not self.front:
-                self._settle(self.deferred.pop())
+        while self.front or self.measured:
+            if self.front:
+                node, side = self.front.pop()
+                if node not in side:
+                    side.add(node)
+                    self._visit_sources(node, side)
                 continue
-            node, side = self.front.pop()
-            if node not in side:
-                side.add(node)
-                self._visit_sources(node, side)
+            # what is computed in no side is computed for its size
+            node = self.measured.pop()
+            if node not in self.query | self.context | self.pooled:
+                self._enter(node, self.context)
         for core in self.cores:
             if core.output not in self.query:
                 raise Refused("an attention of the block does not lead to its output", "other")
@@ -339,22 +285,14 @@ class _Walk:
         return frozenset(after & before & self.context)
 
 
-def find_sides(
-    trace: Trace,
-    stream: Node,
-    token_counts: frozenset[int],
-    update: bool = False,
-    first_only: bool = False,
-) -> Sides:
-    """Split the nodes of a traced block.
+def find_sides(trace: Trace, stream: Node, update: bool = False, first_only: bool = False) -> Sides:
+    """Split the tensors of a traced block.
 
     Args:
-        token_counts: sizes that may stand for a number of tokens, rows or columns. Any other size
-            is the same in both sides and is read where its tensor is computed anyway.
         update: whether the block yields an update of the stream, not the stream updated.
         first_only: whether the model reads but the first tensor of its results.
 
     Raises:
         Refused: no attention core, or one that does not lead to the output.
     """
-    return _Walk(trace, stream, token_counts, update, first_only).run()
+    return _Walk(trace, stream, update, first_only).run()

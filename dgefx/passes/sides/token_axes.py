@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dgefx.kernels.layout import has_parts
 from dgefx.kernels.window import WindowAxes
+from dgefx.nn.windows import WindowRule
 from dgefx.passes.attention.registry import form_named
 from dgefx.passes.layout import Layout
-from dgefx.passes.ops import Op, argument, named
+from dgefx.passes.ops import Op, argument, named, op_name
+from dgefx.passes.sides.sides import Sides
+from dgefx.passes.sides.window_partition import Partition
 from dgefx.passes.trace.block_trace import Trace
 
 
@@ -45,10 +49,71 @@ class TokenAxes:
     inner: int = 1
 
     @property
+    def holds_tokens(self) -> bool:
+        """Whether queries lie on the token axes in the query side, packed or in slots."""
+        return self.kind in ("tokens", "grid", "window", "batch_merged")
+
+    @property
+    def counting_axes(self) -> set[int]:
+        """Axes of images, windows and tokens."""
+        batch = () if self.batch is None else (self.batch,)
+        return {*batch, *self.windows, *self.axes}
+
+    @property
     def window_axes(self) -> WindowAxes:
-        """For the kernels; a plain form counts as one window."""
+        """For the kernels; without windows, as of one window."""
         assert self.batch is not None
         return WindowAxes(self.batch, self.merged, self.inner, self.windows, self.axes)
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """How a block's values hold tokens, see `passes.sides.find_axes`.
+
+    token_axes: of the tensors of the query side. values: of all nodes, on random input.
+    partition: of the grid into windows; None: attention sees the whole image. rule: the same on
+        any grid, but for masks.
+    """
+
+    trace: Trace
+    layout: Layout
+    sides: Sides
+    token_axes: Mapping[fx.Node, TokenAxes]
+    values: Mapping[fx.Node, Any]
+    partition: Partition | None
+    rule: WindowRule
+
+    def name(self, node: fx.Node) -> str:
+        """The operation of a node."""
+        return op_name(node, self.trace.root)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Of a tensor in the dense block, at the example's size."""
+        value = self.trace.values[node]
+        return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+    def known(self, argument: Any) -> Any:
+        """The value of an argument in the example."""
+        return self.trace.values[argument] if isinstance(argument, fx.Node) else argument
+
+    @property
+    def windowed(self) -> bool:
+        """Whether attention sees parts of the image only."""
+        return self.partition is not None
+
+    def axis_sizes(self, held: TokenAxes) -> tuple[int, ...]:
+        """Sizes of the token axes of a value in the dense block."""
+        grid = self.layout.grid
+        if held.kind == "window" and self.partition is not None:
+            grid = self.partition.size
+        if len(held.axes) == 2:
+            return grid
+        count = grid[0] * grid[1] + (self.layout.prefix if held.prefix else 0)
+        if held.kind == "batch_merged":
+            batch = stream_axes(self.layout).batch
+            assert batch is not None
+            count *= self.shape(self.sides.stream)[batch]
+        return (count,)
 
 
 #: moves tokens and changes none; padding is zero
@@ -65,7 +130,7 @@ class Probe:
 
 
 def stream_axes(layout: Layout) -> TokenAxes:
-    """The form of a block's stream."""
+    """Of a block's stream."""
     order = layout.order
     if order in ("BHWC", "BCHW"):
         return TokenAxes("grid", (layout.axis("H"), layout.axis("W")), False, 0)

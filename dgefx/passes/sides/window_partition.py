@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 from dgefx.nn.windows import AxisMap, WindowOrder, WindowRule, axis_map
+from dgefx.passes.labels import varies
+
+#: per axis, slots before which patches end
+Cuts = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,6 @@ class Partition:
         """(rows, columns) of windows."""
         return len(self.rows), len(self.columns)
 
-    def place(self, row: int, column: int) -> tuple[int, int]:
-        """The block's numbers of the window and the slot of a token."""
-        found = []
-        for tokens, token in ((self.rows, row), (self.columns, column)):
-            window = next(i for i, line in enumerate(tokens) if token in line)
-            found.append((window, tokens[window].index(token)))
-        window = found[0][0] * self.windows[1] + found[1][0]
-        slot = found[0][1] * self.size[1] + found[1][1]
-        if self.order is None:
-            return window, slot
-        return self.order.windows[window], self.order.slots[slot]
-
     def numbers(self, images: int) -> Tensor:
         """(images, window rows, window columns, slot rows, slot columns): 1 + image * H * W +
         token, 0 in padding; windows and slots by the block's numbers."""
@@ -88,7 +80,7 @@ def read_partition(
         images: in the batch. slots: how many tokens may attend to each other.
         permuted: whether windows may be in any order, and slots in one that is the same in all.
     """
-    moving = [axis for axis in range(numbers.dim()) if _varies(numbers, axis)]
+    moving = [axis for axis in range(numbers.dim()) if varies(numbers, axis)]
     for axis in reversed(range(numbers.dim())):
         if axis not in moving:
             numbers = numbers.select(axis, 0)
@@ -123,11 +115,6 @@ def _read_permuted(table: Tensor, grid: tuple[int, int]) -> Partition | None:
         return None
     order = WindowOrder(tuple(windows.tolist()), tuple(slots.tolist()))
     return dataclasses.replace(found, order=order)
-
-
-def _varies(numbers: Tensor, axis: int) -> bool:
-    size = numbers.shape[axis]
-    return size > 1 and not torch.equal(numbers, numbers.narrow(axis, 0, 1).expand_as(numbers))
 
 
 def _divisors(number: int) -> list[int]:
@@ -196,9 +183,7 @@ def candidate_rules(partition: Partition) -> list[WindowRule]:
     return rules
 
 
-def fixed_rule(
-    partition: Partition, cuts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-) -> WindowRule:
+def fixed_rule(partition: Partition, cuts: Cuts = ((), ())) -> WindowRule:
     """The partition as it is, for this grid alone."""
     maps = (partition.rows, partition.columns)
     return WindowRule(partition.size, fixed=maps, cuts=cuts, order=partition.order)

@@ -1,4 +1,4 @@
-"""Islands: an operation that needs the real grid, between un-pooling and pooling.
+"""An operation that needs the real grid, at full resolution: between un-pooling and pooling.
 
 The exact fallback for whatever mixes tokens in the query path but keeps the grid. Slow for wide
 hidden layers: `kernels.stencil` does the common case (depthwise convolutions) without it. Where
