@@ -29,6 +29,9 @@ from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.trace.block_trace import Trace
 
 _SCALES = named(Op.SCALES)
+#: what of a tensor's elements does not add to the others, and of how many it has to be so that one
+#: cannot tell from a block what another one mixes
+_NEGLIGIBLE, _SPARSE = 1e-6, 1e-2
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -70,8 +73,12 @@ class _Signer(pickle.Pickler):
             raise _NotComparable
         number = self.numbers.setdefault(id(value), len(self.numbers))
         kind = (type(value).__name__, str(value.dtype), str(value.device), value.shape)
-        any_will_do = isinstance(value, nn.Parameter) or id(value) in self.free
-        content = b"" if any_will_do and value.is_floating_point() else _digest(value)
+        if not value.is_floating_point() or not (
+            isinstance(value, nn.Parameter) or id(value) in self.free
+        ):
+            content = _digest(value)
+        else:
+            content = _sparsity(value) if isinstance(value, nn.Parameter) else b""
         return number, kind, value.stride(), content
 
     def reducer_override(self, value: Any) -> Any:
@@ -87,6 +94,17 @@ class _Signer(pickle.Pickler):
 def _digest(value: Tensor) -> bytes:
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().tobytes()).digest()
+
+
+def _sparsity(value: Tensor) -> bytes:
+    """Where a parameter is as good as zero, if that is so in many places: a mask, or a matrix that
+    passes its input on. Constant ones do not count: rewriting adds noise to them."""
+    size = value.detach().abs()
+    there = size > _NEGLIGIBLE * (size.max() if size.numel() else 1.0)
+    dense = float((~there).float().mean()) <= _SPARSE
+    if not size.numel() or dense or bool(value.max() - value.min() <= 1e-3 * size.max()):
+        return b""
+    return _digest(there)
 
 
 def _signed(make: Callable[[], Any], free: Iterable[Tensor] = ()) -> bytes | None:
