@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -14,11 +14,12 @@ from dgefx.passes.capture import Capture
 from dgefx.passes.locate.grid import GridFinder
 from dgefx.passes.locate.refusal import Cause
 from dgefx.passes.locate.residual import SAME, Residual, Residuals
-from dgefx.passes.ops import Op, named, op_name
+from dgefx.passes.ops import MOVEMENT, TOKENWISE, Op, argument, named, op_name
 from dgefx.passes.walk import breadth_first
 
 #: lets tokens see each other; a path through it is the update, not the stream
 _ATTENDS = named(Op.PRODUCT) | {"softmax"}
+_TOKENWISE = TOKENWISE | MOVEMENT
 
 
 @dataclass(frozen=True)
@@ -91,29 +92,64 @@ def _keeps(output: Node, earlier: Node) -> bool:
     return any(node is earlier for node in breadth_first([output], before))
 
 
-def stream_owner(capture: Capture, core: AttentionCore, residual: Residual) -> Owner | Cause:
-    """The innermost module that takes the stream and gives it back updated."""
-    around_add = residual.add.meta["stack"]
-    for module in reversed([n for n in core.output.meta["stack"] if n in around_add]):
-        entering, leaving = _boundary(capture.graph, module)
-        entry = _skips_to(residual.stream, entering)
-        if entry is None:
-            continue
-        runs = capture.runs(module)
-        if runs != 1:
-            return Cause("runs repeatedly", (module, runs))
-        if len(leaving) != 1:
-            return Cause("several outputs", (module, len(leaving)))
-        (output,) = leaving
-        before, after = entry.meta["shape"], output.meta.get("shape") or ()
-        if before != after:
-            return Cause("another shape", (module, before, after))
-        if not _keeps(output, residual.add):
-            return Cause("another size", (module,))
-        if not module:
-            return Cause("whole model")
-        return Owner(module, entry, _first_alone(capture, module, output))
-    return Cause("no owner")
+def _owner_at(capture: Capture, residual: Residual, module: str) -> Owner | Cause | None:
+    """`module`, if it takes the stream and gives it back updated; None if it does not take it."""
+    entering, leaving = _boundary(capture.graph, module)
+    entry = _skips_to(residual.stream, entering)
+    if entry is None:
+        return None
+    runs = capture.runs(module)
+    if runs != 1:
+        return Cause("runs repeatedly", (module, runs))
+    if len(leaving) != 1:
+        return Cause("several outputs", (module, len(leaving)))
+    (output,) = leaving
+    before, after = entry.meta["shape"], output.meta.get("shape") or ()
+    if before != after:
+        return Cause("another shape", (module, before, after))
+    if not _keeps(output, residual.add):
+        return Cause("another size", (module,))
+    if not module:
+        return Cause("whole model")
+    return Owner(module, entry, _first_alone(capture, module, output))
+
+
+def stream_owner(
+    capture: Capture, core: AttentionCore, residual: Residual, cores: Sequence[AttentionCore]
+) -> Owner | Cause:
+    """The innermost module that takes the stream and gives it back updated; with its MLP, where
+    that sits in a module beside it.
+
+    Args:
+        cores: all of the model's.
+    """
+    stack, around_add = core.output.meta["stack"], residual.add.meta["stack"]
+    modules = [name for name in stack if name in around_add][::-1]
+    found = ((name, _owner_at(capture, residual, name)) for name in modules)
+    owner = next((owner for _, owner in found if owner is not None), Cause("no owner"))
+    if isinstance(owner, Cause):
+        return owner
+    for module in modules[modules.index(owner.module) + 1 :]:
+        wider, more = _owner_at(capture, residual, module), _between(capture, module, owner.module)
+        foreign = any(c.output in more for c in cores)
+        if not isinstance(wider, Owner) or foreign or not all(map(_is_tokenwise, more)):
+            break
+        if any(op_name(node) in ("linear", "conv2d") for node in more):  # with weights of its own
+            owner = wider
+    return owner
+
+
+def _between(capture: Capture, outer: str, inner: str) -> list[Node]:
+    """What a module does besides what one inside it does."""
+    nodes = capture.graph.nodes
+    return [n for n in nodes if _is_inside(n, outer) and not _is_inside(n, inner)]
+
+
+def _is_tokenwise(node: Node) -> bool:
+    if op_name(node) == "conv2d":
+        weight = argument(node, 1, "weight")
+        return isinstance(weight, Node) and tuple(weight.meta["shape"][2:]) == (1, 1)
+    return op_name(node) in _TOKENWISE
 
 
 def update_owner(

@@ -64,7 +64,7 @@ def locate(capture: Capture) -> Located:
     searched = SearchedGraph(capture.graph, example_of)
     cores = search_cores(searched)
     residuals, finder = Residuals(capture.graph), GridFinder()
-    found = [_block_of(core, capture, residuals, finder) for core in cores]
+    found = [_block_of(core, cores, capture, residuals, finder) for core in cores]
     blocks = _one_per_module(_innermost(found))
     names = {block.name for block in blocks}
     for core in non_qk_cores(searched, cores, finder):
@@ -83,12 +83,16 @@ def _module_of(core: AttentionCore) -> str:
 
 
 def _block_of(
-    core: AttentionCore, capture: Capture, residuals: Residuals, finder: GridFinder
+    core: AttentionCore,
+    cores: Sequence[AttentionCore],
+    capture: Capture,
+    residuals: Residuals,
+    finder: GridFinder,
 ) -> Block:
     residual = residuals.around(core)
     if isinstance(residual, Cause):
         return Refusal(_module_of(core), core, residual)
-    owner = stream_owner(capture, core, residual)
+    owner = stream_owner(capture, core, residual, cores)
     if isinstance(owner, Cause):
         # what it asks with says more than what its module does
         cause = _other_queries(core, residual.stream, finder)
