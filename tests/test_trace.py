@@ -405,6 +405,24 @@ def test_a_dictionary_that_the_block_needs_is_kept() -> None:
     assert torch.allclose(interpret(traced_as(block), x), block(x))
 
 
+def test_a_parameter_that_is_read_without_gradients_learns_elsewhere() -> None:
+    def function(block: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            size = block.bias.abs().amax()
+        return x * block.bias / size
+
+    block = UnfusedAttention(function)
+    traced = traced_as(block)
+    x = torch.randn(2, 4, 6)
+    with torch.no_grad():
+        block.bias.copy_(torch.randn(6))
+        traced.root.bias.copy_(block.bias)
+    block(x).square().sum().backward()
+    with torch.enable_grad():
+        interpret(traced, x).square().sum().backward()
+    assert torch.allclose(traced.root.bias.grad, block.bias.grad, rtol=1e-5)
+
+
 def test_sizes_stay_symbolic() -> None:
     """A mask made to the size of the input follows it."""
     block = UnfusedAttention(mask_to_size)

@@ -238,7 +238,8 @@ class ConcolicTracer(fx.Tracer):
             users = [user for user in node.users if user not in self._without_grad]
             if node not in self._without_grad or not users:
                 continue
-            if not isinstance(self.values[node], Tensor) or node.op == "placeholder":
+            # a parameter that was read there learns by what is made of it elsewhere
+            if not isinstance(self.values[node], Tensor) or not node.op.startswith("call_"):
                 continue
             with self.graph.inserting_after(node):
                 stopped = self.graph.call_method("detach", (node,))
