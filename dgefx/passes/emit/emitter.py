@@ -146,6 +146,10 @@ class _Emitter:
         order = orders.get((held.kind, held.axes, held.batch, rank))
         if order is not None and held.prefix == (layout.prefix > 0):
             return order
+        if held.kind in ("tokens", "grid") and held.batch is None:
+            raise Refused(
+                "what it makes of an image depends on the other images of the batch", "mixes images"
+            )
         raise Refused(
             f"{node.name}, on the block's main path, is not laid out as a stream", "mixes tokens"
         )

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dgefx.kernels.layout import has_parts, parts_of, query_count
 from dgefx.kernels.window import lead_count, slot_count
@@ -57,14 +57,22 @@ def _dense_size(build: GraphBuilder, node: fx.Node) -> Any:
     def pick(source: fx.Node) -> Any:
         if is_size(trace, source):
             return dense_size(build, source)
-        while source not in build.context and source not in build.query:
-            if source in build.slotted:
-                return build.slotted[source]
-            source = source.all_input_nodes[0]  # on its way to windows: of the same type
-        return build.context[source] if source in build.context else build.query[source]
+        while (known := _emitted(build, source)) is None:
+            source = source.all_input_nodes[0]  # on its way to windows, or one of several parts
+        return known
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), pick)
     return build.create(node, args, kwargs)
+
+
+def _emitted(build: GraphBuilder, source: fx.Node) -> Any:
+    """What the new graph has of a value, or of one of its type; None where it has no such."""
+    value = build.facts.trace.values[source]
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return None  # several parts
+    if source in build.context and (not isinstance(value, Tensor) or _in_context(build, source)):
+        return build.context[source]
+    return build.query.get(source, build.slotted.get(source))
 
 
 def _in_context(build: GraphBuilder, tensor: fx.Node) -> bool:

@@ -189,17 +189,23 @@ def fixed_rule(partition: Partition, cuts: Cuts = ((), ())) -> WindowRule:
     return WindowRule(partition.size, fixed=maps, cuts=cuts, order=partition.order)
 
 
+#: scores as far down as this are of keys that a softmax leaves nothing of
+_HIDES = -50.0
+
+
 def mask_cuts(table: Tensor, size: tuple[int, int]) -> tuple[set[int], set[int]]:
     """Slot rows and slot columns at which a table that differs between windows changes.
 
     What all windows share (a position bias) may change from slot to slot, a mask may not inside a
-    patch: its mean would let tokens attend to what none of them may.
+    patch: its mean would let tokens attend to what none of them may. What hides keys is a mask,
+    even if all windows share it.
 
     Args:
         table: (windows, slots, rest...). size: (rows, columns) of slots.
     """
     value = torch.nan_to_num(table.float(), neginf=-1e4, posinf=1e4)
-    own = (value - value[:1]).unflatten(1, size)
+    hides = (value <= _HIDES) * value.abs().max()
+    own = torch.stack([value - value[:1], hides], -1).unflatten(1, size)
     limit = 1e-4 * max(float(value.abs().max()), 1e-30)
     found = []
     for axis in (1, 2):
