@@ -10,7 +10,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -53,6 +53,17 @@ KINDS = st.fixed_dictionaries(
 )
 
 
+#: all windows share the mask of its columns
+WIDER_THAN_THE_GRID = {
+    "window": (3, 5),
+    "shift": (0, 2),
+    "kind": "block",
+    "core": "manual",
+    "masked": True,
+    "bias": False,
+}
+
+
 def window_block(case: dict[str, Any], bias: bool | None = None) -> WindowBlock:
     shift = tuple(s % w for s, w in zip(case["shift"], case["window"], strict=True))
     return WindowBlock(
@@ -67,6 +78,7 @@ def window_block(case: dict[str, Any], bias: bool | None = None) -> WindowBlock:
 
 @settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(KINDS, st.tuples(st.integers(4, 12), st.integers(4, 12)), st.integers(0, 99))
+@example(WIDER_THAN_THE_GRID, (10, 4), 10)
 def test_any_windows(case: dict[str, Any], grid: tuple[int, int], seed: int) -> None:
     """Exact at the finest level; and, without a position bias, at any routing on input that is
     constant within patches, whatever the shift, the mask and the padding."""
