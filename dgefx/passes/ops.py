@@ -38,6 +38,8 @@ _ALIASES = {
     "nondynamicallyquantizablelinear": "linear",
     "mm": "matmul",
     "to_copy": "to",
+    "nelement": "numel",
+    "ndimension": "dim",
     "unsafe_view": "view",
     "convolution": "conv2d",
     "upsample_bilinear2d": "upsample",

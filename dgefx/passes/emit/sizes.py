@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: give their result its shape
 _RESHAPES = frozenset({"view", "reshape", "unflatten", "expand"})
 _SPLITS = frozenset({"split", "split_with_sizes", "narrow"})
+#: what queries are asked in place of all tokens, as the answer is the same
+_ON_BOTH_SIDES = (bool, torch.dtype, torch.device, torch.layout)
+_RANKS = frozenset({"dim", "element_size"})
 
 
 def dense_size(build: GraphBuilder, node: fx.Node) -> Any:
@@ -40,19 +43,22 @@ def dense_size(build: GraphBuilder, node: fx.Node) -> Any:
 
 def _dense_size(build: GraphBuilder, node: fx.Node) -> Any:
     trace = build.facts.trace
+    value, name = trace.values[node], build.facts.name(node)
+    if value is None:
+        return None  # one of several results
     read = size_read(node, trace)
     if read is not None:
         return _dense_axis(build, *read)
-    value = trace.values[node]
-    if isinstance(value, (torch.Size, int)) and len(node.all_input_nodes) == 1:
-        measured = node.all_input_nodes[0]
-        if not is_size(trace, measured) and not _in_context(build, measured):
-            rank = len(build.facts.shape(measured))
-            sizes = tuple(_dense_axis(build, measured, axis) for axis in range(rank))
+    measured = [source for source in node.all_input_nodes if not is_size(trace, source)]
+    if any(not _in_context(build, source) for source in measured):
+        if isinstance(value, torch.Size) or name == "numel":
+            axes = range(len(build.facts.shape(measured[0])))
+            sizes = tuple(_dense_axis(build, measured[0], axis) for axis in axes)
             if isinstance(value, torch.Size):
-                return sizes
-            counts = build.facts.name(node) == "numel"
-            return functools.reduce(partial(build.call, operator.mul), sizes) if counts else value
+                return build.call(torch.Size, sizes)
+            return functools.reduce(partial(build.call, operator.mul), sizes)
+        if not isinstance(value, _ON_BOTH_SIDES) and name not in _RANKS:
+            raise Refused(f"{node.name} reads a number off what is not computed", "mixes tokens")
 
     def pick(source: fx.Node) -> Any:
         if is_size(trace, source):
@@ -93,7 +99,8 @@ def _dense_axis(build: GraphBuilder, tensor: fx.Node, axis: int) -> Any:
     if held is not None and has_parts(facts.layout.order) and axis == 0:
         return build.size(build.context[facts.sides.stream], 0)
     key = (tensor, axis - len(shape)) in _key_axes(build)
-    if key or held is None or held.kind in ("full_resolution", "no_tokens"):
+    images_merged = held is not None and held.kind == "tokens" and held.batch is None
+    if key or images_merged or held is None or held.kind in ("full_resolution", "no_tokens"):
         known = build.query.get(tensor, build.slotted.get(tensor))
         if isinstance(known, fx.Node):
             return build.size(known, axis)
@@ -142,15 +149,17 @@ def shaped(build: GraphBuilder, node: fx.Node, args: Any, kwargs: Any) -> tuple[
     name = "" if node.op == "call_module" else op_name(node, build.facts.trace.root)
     held = build.facts.token_axes.get(node)
     if name in _RESHAPES and held is not None and held.kind != "no_tokens":
-        if any(isinstance(leaf, torch.dtype) for leaf in args):
+        if any(isinstance(leaf, torch.dtype) for leaf in (*args, *kwargs.values())):
             return args, kwargs  # another type for the same bits
         sizes = _query_sizes(build, node, held)
+        source = args[0] if args else kwargs["input"]
         if name == "unflatten":
-            first = args[1] % len(build.facts.shape(node.all_input_nodes[0]))
-            count = len(sizes) - len(build.facts.shape(node.all_input_nodes[0])) + 1
-            return (args[0], args[1], tuple(sizes[first : first + count])), {}
+            axis: Any = argument(node, 1, "dim")
+            rank = len(build.facts.shape(node.all_input_nodes[0]))
+            parts = tuple(sizes[axis % rank :][: len(sizes) - rank + 1])
+            return (source, axis, parts), {}
         flat = node.op == "call_method"
-        return ((args[0], *sizes) if flat else (args[0], tuple(sizes))), {}
+        return ((source, *sizes) if flat else (source, tuple(sizes))), {}
     if name in _SPLITS:
         return _split(build, node, name, args, kwargs)
     return args, kwargs
@@ -163,7 +172,7 @@ def _query_sizes(build: GraphBuilder, node: fx.Node, held: TokenAxes) -> list[An
     images = held.batch
     if has_parts(facts.layout.order) and images is not None:
         images = 0 if shape[images] == parts_of(facts.layout.order) else images
-    given = _given_sizes(node, shape)
+    given = _given_sizes(build, node, shape)
     keys = _key_axes(build)
     found: list[Any] = []
     for axis, size in enumerate(shape):
@@ -180,22 +189,25 @@ def _query_sizes(build: GraphBuilder, node: fx.Node, held: TokenAxes) -> list[An
             found.append(_windows(build, held, axis) if slots else 1)
         elif images is None or (node, axis - len(shape)) in keys:
             own = given[axis]
-            if isinstance(own, fx.Node):
-                own = build.operand(own, crosses=True)
-            elif own == -1 and images is not None:
-                own = _key_count(build, node, size)
-            found.append(own)
+            unknown = isinstance(own, int) and own == -1 and images is not None
+            found.append(_key_count(build, node, size) if unknown else own)
         else:
             found.append(size)
     return found
 
 
-def _given_sizes(node: fx.Node, shape: tuple[int, ...]) -> list[Any]:
+def _given_sizes(build: GraphBuilder, node: fx.Node, shape: tuple[int, ...]) -> list[Any]:
     """The sizes of a view as they are written, if they are written one an axis."""
-    sizes: Any = node.args[1:]
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        sizes = sizes[0]
-    return list(sizes) if len(sizes) == len(shape) else list(shape)
+    sizes: Any = node.args[1:] or tuple(node.kwargs.get(name) for name in ("size", "shape"))
+    whole = next((size for size in sizes if size is not None), None)
+    if isinstance(whole, fx.Node) and isinstance(build.facts.trace.values[whole], torch.Size):
+        known = build.operand(whole, crosses=True)
+        return [build.call(operator.getitem, known, axis) for axis in range(len(shape))]
+    if isinstance(whole, (tuple, list)):
+        sizes = whole
+    if len(sizes) != len(shape):
+        return list(shape)
+    return [build.operand(n, crosses=True) if isinstance(n, fx.Node) else n for n in sizes]
 
 
 def _key_count(build: GraphBuilder, node: fx.Node, size: int) -> Any:
@@ -241,6 +253,7 @@ def _split(
             count: Any = build.call(query_count, build.routing, False)
             size = build.call(operator.add, count, size - grid) if size > grid else count
         wanted.append(size)
+    given = args[0] if args else kwargs["input"]
     if narrows:
-        return (args[0], axis, facts.known(argument(node, 2, "start")), wanted[0]), {}
-    return (args[0], wanted), {"dim": axis}
+        return (given, axis, facts.known(argument(node, 2, "start")), wanted[0]), {}
+    return (given, wanted), {"dim": axis}

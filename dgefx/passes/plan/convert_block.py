@@ -85,7 +85,6 @@ def _verify(
     if passed or (plan.code_key is not None and plan.code_key in compared and not plan.functions):
         return
     verify_gradients(example, plan, config)
-    if plan.numbers_images:
-        verify_images(example, plan, config)
+    verify_images(example, plan, config)
     if plan.code_key is not None:
         compared.add(plan.code_key)

@@ -2,7 +2,8 @@
 other numbers of images.
 
 Outputs that are equal in float32 for two images say nothing of a branch on the type or of a number
-made of the batch size. After `passes.plan.verify_gradients`. Next: `passes.plan.sizes`.
+made of the batch size: Python's, or one that the
+passes keep. After `passes.plan.verify_gradients`. Next: `passes.plan.sizes`.
 """
 
 from __future__ import annotations
@@ -64,18 +65,17 @@ def verify_type(
 
 
 def verify_images(example: BlockExample, plan: BlockPlan, config: DGEConfig) -> None:
-    """Compare both blocks on one image and on three, where Python made a number of a batch size.
+    """Compare both blocks on three images and, where Python made a number of a batch size, on one.
 
     Raises:
         Refused: the converted block keeps to the batch size of the example.
     """
     images = example.shape[plan.layout.axis("B")]
-    for count in (1, 3):
+    for count in (1, 3) if plan.numbers_images else (3,):
         given = example.of_images(torch.arange(count) % images)
         if not _is_same(given, randomised(example.block), plan, config):
             raise Refused(
-                f"it makes a number of the batch size, with which it was traced for {images} "
-                f"images: for {count} it does something else",
+                f"it was traced for {images} images: for {count} it does something else",
                 "follows the batch size",
             )
 

@@ -192,7 +192,9 @@ def _side_parts(
     As far along the data movement as every reader can still be told its rows.
     """
     readers = [user for user in node.users if _reads(user, node, facts.sides, context)]
-    if all(moves_data(user, facts.trace) and user.args[0] is node for user in readers):
+    if all(
+        moves_data(user, facts.trace) and argument(user, 0, "input") is node for user in readers
+    ):
         deeper = [_side_parts(rows, facts, user, context) for user in readers]
         if all(found is not None for found in deeper):
             parts = {n: part for found in deeper if found for n, part in found.items()}

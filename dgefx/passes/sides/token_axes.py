@@ -178,7 +178,7 @@ def size_inputs(trace: Trace, layout: Layout) -> tuple[fx.Node, fx.Node] | None:
 
 def size_read(node: fx.Node, trace: Trace) -> tuple[fx.Node, int] | None:
     """(tensor, axis) of a node that reads one size of a tensor: `x.shape[1]`, `x.size(1)`."""
-    source, axis = (*node.args, None, None)[:2]
+    source, axis = argument(node, 0, "self"), argument(node, 1, "dim")
     if not isinstance(source, fx.Node) or not isinstance(axis, int):
         return None
     if node.target is operator.getitem and isinstance(trace.values.get(source), torch.Size):
