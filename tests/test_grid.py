@@ -103,6 +103,30 @@ def test_merging_rows_alone() -> None:
     assert layout_of(function) == Layout("BHWC", (2, 8), 0, None)
 
 
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 0), (3, 2, 1), (3, 1, 1), (2, 2, 1)])
+def test_patches_that_overlap_or_start_in_the_padding(
+    kernel: int, stride: int, padding: int
+) -> None:
+    """The soft split of T2T-ViT."""
+    project = nn.Linear(WIDTH * kernel**2, WIDTH)
+
+    def function(_: Any, x: Tensor) -> Tensor:
+        x = F.unfold(x.permute(0, 3, 1, 2), kernel, padding=padding, stride=stride)
+        return project(x.transpose(1, 2))
+
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (8, 10))
+    assert layout_of(function, (32, 40)) == Layout("BNC", (height, width), 0)
+
+
+def test_patches_of_unlike_shapes_have_no_grid() -> None:
+    def function(model: Any, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2)
+        square, line = x[:, [0, 1, 8, 9]].flatten(1), x[:, 2:6].flatten(1)
+        return model.merge(torch.stack([square, line], 1))
+
+    assert isinstance(layout_of(function), Cause)
+
+
 def test_irregular_merging_has_no_grid() -> None:
     def function(model: Any, x: Tensor) -> Tensor:
         x = x.flatten(1, 2)
@@ -184,3 +208,16 @@ def test_tokens_without_a_place_are_the_prefix(way: str) -> None:
         return torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], 1)
 
     assert layout_of(function) == Layout("BNC", (8, 8), 1, "embed")
+
+
+@pytest.mark.parametrize("channels", [8, WIDTH])
+def test_samples_lie_where_their_places_do(channels: int) -> None:
+    """Deformable attention on a grid with as many rows and columns as channels, and with more."""
+    places, weigh, value = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 1), nn.Linear(WIDTH, channels)
+
+    def function(_: Any, x: Tensor) -> Tensor:
+        plane = value(x).permute(0, 3, 1, 2)
+        sampled = F.grid_sample(plane, places(x).tanh(), align_corners=False)
+        return sampled * weigh(x).softmax(-1).permute(0, 3, 1, 2)
+
+    assert layout_of(function) == Layout("BCHW", (8, 8), 0, "embed")

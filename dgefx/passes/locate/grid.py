@@ -26,6 +26,7 @@ from dgefx.passes.locate.token_ids import (
     kept_plane,
     merged,
     plane_of_parts,
+    sampled,
     seed,
     sub_lattice,
     unfolded,
@@ -105,6 +106,8 @@ class GridFinder:
             return kept_plane(found, shape) or plane_of_parts(found, shape) or seed(node)
         if found is None:
             return None
+        if name == "grid_sample":
+            return sampled(found, shape)
         if name == "matmul" or form_named(name) is not None:
             return found.in_rows(shape)  # each about the same token as that of the first operand
         if name in _REDUCES:

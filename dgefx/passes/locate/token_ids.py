@@ -112,32 +112,45 @@ def kept_plane(found: TokenIds, shape: tuple[int, ...]) -> TokenIds | None:
     return found.on(ids[:, :1].expand(shape))
 
 
-def merged(found: TokenIds) -> TokenIds | None:
-    """The coarser grid of a value whose channels hold several tokens each.
+def sampled(found: TokenIds, shape: tuple[int, ...]) -> TokenIds | None:
+    """Ids of what `F.grid_sample` reads of a map at places (B, H, W, 2): (B, C, H, W), each where
+    its place is."""
+    if found.in_features:
+        return None
+    return found.on(found.ids[..., 0].unsqueeze(1).expand(shape))
 
-    Every position has to hold the same rows x columns of tokens, next to each other, with as many
-    channels of each; at the border some of them may be padding.
+
+def merged(found: TokenIds) -> TokenIds | None:
+    """The coarser grid of a value whose channels hold several tokens each: of patches, which may
+    overlap.
+
+    Every position has to hold the same rows x columns of tokens, with as many channels of each; at
+    the border some of them may be padding. Patches have to be rows x columns themselves.
     """
     found = sub_lattice(found)
-    ids, (height, width) = found.ids.flatten(0, -2), found.grid
+    ids, width = found.ids.flatten(0, -2), found.grid[1]
     there = ids >= 0
-    full = there.all(1)
-    if not bool(full.any()):
+    full = ids[there.all(1)][:1]
+    held, channels = torch.unique(full, return_counts=True)
+    even = len(held) > 1 and int(channels.min()) == int(channels.max()) > 1
+    if not even or rectangle(held, width) is None:
         return None
-    rows, columns = ids // width, ids % width
-    tall, wide = (int((x[full].amax(1) - x[full].amin(1)).max()) + 1 for x in (rows, columns))
-    grid = (-(-height // tall), -(-width // wide))
-    offsets = rows % tall * wide + columns % wide
-    expected = offsets[full][0]
-    channels = torch.bincount(expected, minlength=tall * wide)
-    new = torch.where(there, rows // tall * grid[1] + columns // wide, -1)
-    first = new.amax(1, keepdim=True)
-    in_place = bool((~there | (offsets == expected) & (new == first)).all())
-    even = len(channels) > 1 and int(channels.min()) == int(channels.max()) > 1
-    if not in_place or not even or len(torch.unique(first[first >= 0])) != grid[0] * grid[1]:
+    patch, corners = there.any(1), []
+    for places, own in ((ids // width, full // width), (ids % width, full % width)):
+        corner = places - (own - own.amin())
+        nearest = corner.masked_fill(~there, corner.min()).amax(1, keepdim=True)
+        if not bool((~there | (corner == nearest)).all()):
+            return None
+        corners.append(nearest[patch, 0] - nearest[patch, 0].min())
+    across = int(corners[1].max()) + 1
+    laid = rectangle(corners[0] * across + corners[1], across)
+    if laid is None:
         return None
+    grid, row, column = laid
+    new = torch.full((len(ids), 1), -1)
+    new[patch, 0] = row * grid[1] + column
     shape = found.ids.shape
-    return TokenIds(first.view(*shape[:-1], 1).expand(shape), grid, None)
+    return TokenIds(new.view(*shape[:-1], 1).expand(shape), grid, None)
 
 
 def without_axis(found: TokenIds, axis: int) -> TokenIds | None:
