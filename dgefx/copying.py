@@ -22,13 +22,18 @@ def deep_copy(model: nn.Module) -> nn.Module:
         ValueError: it cannot be copied, and what to do.
     """
     try:
-        return copy.deepcopy(model, _detached(model))
+        copied = copy.deepcopy(model, _detached(model))
     except Exception as error:
         hint = _computed_tensor(model)
         raise ValueError(
             f"model cannot be deep-copied ({type(error).__name__}: {error}); convert() works on a "
             f"copy so that a failure leaves the model as it was{hint}"
         ) from error
+    for name, module in copied.named_modules():
+        training = model.get_submodule(name).training
+        if module.training != training:  # copies of torchvision's feature extractors are trained
+            module.train(training)
+    return copied
 
 
 def _is_computed(value: Any) -> bool:

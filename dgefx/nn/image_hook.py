@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from dgefx.nn.grid_shape import GridShape, Size
+from dgefx.nn.outlined import graphs_of
 from dgefx.nn.symbolic import is_symbolic, refuse_inlined
 
 _WATCH = "dge_image"
@@ -69,9 +70,10 @@ def watch_images(module: nn.Module, hook: ImageHook) -> None:
     if isinstance(module, fx.GraphModule):
         if _WATCH not in module._modules:
             module.add_module(_WATCH, _ImageWatch())
-            inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-            with module.graph.inserting_after(inputs[-1]):
-                module.graph.call_module(_WATCH, tuple(inputs))
+            for graph in set(graphs_of(module).values()):
+                inputs = graph.find_nodes(op="placeholder")
+                with graph.inserting_after(inputs[-1]):
+                    graph.call_module(_WATCH, tuple(inputs))
             module.recompile()
         module = module.get_submodule(_WATCH)
     module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -84,8 +86,8 @@ def unwatch_images(module: nn.Module) -> None:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     if isinstance(module, fx.GraphModule) and _WATCH in module._modules:
-        for node in list(module.graph.nodes):
-            if node.op == "call_module" and node.target == _WATCH:
-                module.graph.erase_node(node)
+        for graph in set(graphs_of(module).values()):
+            for node in graph.find_nodes(op="call_module", target=_WATCH):
+                graph.erase_node(node)
         delattr(module, _WATCH)
         module.recompile()

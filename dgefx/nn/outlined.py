@@ -18,6 +18,12 @@ from dgefx.nn.code import GraphCode
 _HELD = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
+def graphs_of(module: fx.GraphModule) -> dict[str, fx.Graph]:
+    """The graphs of a module by its attributes: "_graph" is the one that runs, which may be one of
+    several between which it switches (torchvision's feature extractors, by `train()`)."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, fx.Graph)}
+
+
 class OutlinedBlock(nn.Module):
     """Runs a part of a flat graph on the modules and parameters of `container`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.swin_transformer import SwinTransformer
 
 import dgefx
 from dgefx.nn import DGEBlock
 from dgefx.passes.frontends.block_extraction import outline
 from tests.helpers import Attention, TinyViT, error, images, macs, randomise
+from tests.robust.test_grids import Cut, Grids, Model
 
 X = images(2, 32)
 
@@ -271,6 +274,86 @@ def test_values_that_nothing_reads(kind: str) -> None:
     assert len(dgefx.report(converted).converted) == 2
     assert_same(converted(X), wanted)
     assert dense.code == dgefx.revert(converted).code == code
+
+
+def torchvision_swin(dropout: float = 0.0) -> nn.Module:
+    """Functions that are told `training`, in graphs for both modes."""
+    model = SwinTransformer([4, 4], 32, [2], [2], [4, 4], 2.0, 0.0, dropout, 0.0, num_classes=5)
+    return create_feature_extractor(randomise(model).eval(), ["features.1.1", "head"])
+
+
+class RatesWritten(Split):
+    """Dropout at a rate that is a number in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for i in range(len(self.mlps)):
+            y = self.attentions[i].qkv(self.norms[2 * i](x))
+            q, k, v = y.unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            rate = 0.1 if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+            x = x + y.transpose(1, 2).flatten(2)
+            x = x + self.mlps[i](self.norms[2 * i + 1](x))
+        return x.mean(1)
+
+
+def runs(model: nn.Module) -> int:
+    """Converted blocks that run."""
+    ran: list[int] = []
+    blocks = [m for m in model.modules() if isinstance(m, DGEBlock)]
+    handles = [block.register_forward_hook(lambda *_: ran.append(1)) for block in blocks]
+    model(X)
+    for handle in handles:
+        handle.remove()
+    return len(ran)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("make", [torchvision_extractor, torchvision_swin])
+def test_graphs_for_training_and_evaluation(make: Callable[[], nn.Module], trains: bool) -> None:
+    dense = make().train(trains)
+    wanted = dense(X)
+    converted = dgefx.convert(dense, 1.0, example_inputs=X)
+    assert all(module.training is trains for module in converted.modules())
+    for model in (converted, copy.deepcopy(converted)):
+        for mode in (True, False, True):
+            assert runs(model.train(mode)) == 2
+            assert_same(model(X), wanted)
+    back = dgefx.revert(converted.train(not trains))
+    for mode in (True, False):
+        assert_same(back.train(mode)(X), wanted, 1e-6)
+        assert back.code == dense.train(mode).code
+
+
+def test_graphs_for_both_modes_tell_the_grid() -> None:
+    """Of patches that no module lays out: by the image that the graph takes."""
+    dense = create_feature_extractor(Model(Cut, in_root=True).eval(), ["mean"])
+    converted = dgefx.convert(dense, 1.0, example_inputs=images(2, 64))
+    other = images(2, (32, 128))
+    for mode in (True, False, True):
+        with Grids(converted.train(mode)) as grids:
+            assert_same(converted(other), dense(other))
+        assert grids == [(4, 16), (4, 16)]
+    assert dgefx.revert(converted).code == dense.train().code
+
+
+def test_functions_in_blocks_are_told_the_mode() -> None:
+    converted = dgefx.convert(torchvision_swin(0.5), 1.0, example_inputs=X)
+    for mode in (True, False):
+        first, second = (converted.train(mode)(X)["head"] for _ in range(2))
+        assert torch.equal(first, second) is not mode
+
+
+def test_a_graph_for_training_with_other_blocks_raises() -> None:
+    dense = create_feature_extractor(randomise(RatesWritten()).eval(), ["mean"])
+    converted = dgefx.convert(dense, 1.0, example_inputs=X)
+    for model in (converted, copy.deepcopy(converted)):
+        assert_same(model.eval()(X), dense.eval()(X))
+        assert runs(model) == 2
+        with pytest.raises(RuntimeError, match="convert the model that the graphs were traced"):
+            model.train()(X)
+    back = dgefx.revert(converted).train()
+    assert back.code == dense.train().code
 
 
 def test_a_tapped_inner_value_is_reported() -> None:
