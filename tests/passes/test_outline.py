@@ -49,6 +49,24 @@ class Split(nn.Module):
         return x.mean(1)
 
 
+class SplitPlanes(Split):
+    """The stream is (B, C, H, W); the MLP is added to it in this layout or in its own."""
+
+    def __init__(self, own_layout: bool) -> None:
+        super().__init__()
+        self.own_layout = own_layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for i in range(len(self.mlps)):
+            y = self.norms[2 * i](x.flatten(2).transpose(1, 2))
+            x = x + self.attentions[i](y).transpose(1, 2).reshape(x.shape)
+            y = x.permute(0, 2, 3, 1)
+            z = self.mlps[i](self.norms[2 * i + 1](y))
+            x = (y + z).permute(0, 3, 1, 2) if self.own_layout else x + z.permute(0, 3, 1, 2)
+        return x.mean((2, 3))
+
+
 class PostNorm(nn.Module):
     """x = norm(x + f(x)), a bias table shared by all blocks, sizes read once for all."""
 
@@ -125,6 +143,8 @@ KINDS = {
     "BNC": (lambda: traced(TinyViT(dim=32, prefix=1)), ["blocks.0", "blocks.1"]),
     "BHWC": (lambda: traced(TinyViT(dim=32, order="BHWC")), ["blocks.0", "blocks.1"]),
     "BCHW": (lambda: traced(TinyViT(dim=32, order="BCHW")), ["blocks.0", "blocks.1"]),
+    "lists of planes": (lambda: traced(SplitPlanes(False)), ["dge_block_0", "dge_block_1"]),
+    "lists, MLP in its layout": (lambda: traced(SplitPlanes(True)), ["dge_block_0", "dge_block_1"]),
     "lists": (lambda: traced(Split()), ["dge_block_0", "dge_block_1"]),
     "post-norm": (lambda: traced(PostNorm()), ["layers.0", "layers.1"]),
     "torchvision": (
@@ -175,7 +195,8 @@ def test_converts_exactly_and_keeps_keys(kind: str) -> None:
 
 def test_the_whole_block_is_cut_out() -> None:
     """Attention and MLP: what is left outside is the embedding and the head."""
-    for model in (traced(TinyViT(dim=32)), traced(PostNorm()), traced(Split())):
+    planes = [traced(SplitPlanes(own_layout)) for own_layout in (False, True)]
+    for model in (traced(TinyViT(dim=32)), traced(PostNorm()), traced(Split()), *planes):
         outline(model, ((X,), {}))
         rest = [str(n.target) for n in model.graph.nodes if n.op == "call_module"]
         assert not [name for name in rest if "mlp" in name or "norm1" in name or "fc" in name]

@@ -197,6 +197,7 @@ class _Finder:
         foreign = attentions - nx.ancestors(self.flow, add)
         foreign = foreign.union(*(nx.descendants(self.flow, node) for node in foreign))
         end, names, node = add, own, add
+        updates = own  # names used up to the last add, which may be in another layout
         while (node := self.following.get(node, -1)) not in foreign and node in shapes:
             if math.prod(shapes[node]) != math.prod(shapes[stream]):
                 break
@@ -207,7 +208,8 @@ class _Finder:
                 apart = bool(whole) and not any(holds(whole, name) for name in others)
                 if part != whole and not apart:
                     break
-            elif not all(holds(part, name) for name in used - names):
+                updates = used
+            elif not all(holds(part, name) for name in used - names - updates):
                 continue  # of a post-norm block, its last norm
             if used > names and shapes[node] == shapes[stream]:
                 end, names = node, used
