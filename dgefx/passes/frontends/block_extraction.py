@@ -36,7 +36,7 @@ _KEPT = "dgefx_dense"
 _OTHER_BLOCKS = (
     "{}: this graph is not the one that was converted ({}) and its blocks do other things, as "
     "dropout in functions does in training. To train, convert the model that the graphs were "
-    "traced from and read its features by forward hooks, or trace it with these rates set to 0"
+    "traced from and trace the converted one, or set these rates to 0 before tracing"
 )
 #: the nodes of a graph by their indices in the graph that was looked at
 _Nodes = dict[int, fx.Node]
