@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dgefx.nn.outlined import graphs_of
+
 
 @contextmanager
 def undone_on_error(*models: nn.Module) -> Iterator[None]:
@@ -42,17 +44,18 @@ class _Kept:
         # the dicts stay the same ones: handles of hooks and the dense blocks hold them too
         held = [v for v in vars(module).values() if type(v) in (dict, OrderedDict)]
         self.contents = [(value, dict(value)) for value in held]
-        self.graph: fx.Graph | None = None
+        self.graphs: dict[fx.Graph, fx.Graph] = {}
         if isinstance(module, fx.GraphModule):
-            self.graph, self.nodes = module.graph, copy.deepcopy(module.graph)
+            self.graphs = {g: copy.deepcopy(g) for g in set(graphs_of(module).values())}
             self.forward = type(module).forward  # every graph module has a class of its own
 
     def put_back(self) -> None:
         for held, content in self.contents:
             _reset(held, content)
         _reset(vars(self.module), self.attributes)
-        if self.graph is not None:
-            _refill(self.graph, self.nodes)
+        for graph, nodes in self.graphs.items():
+            _refill(graph, nodes)
+        if self.graphs:
             type(self.module).forward = self.forward
 
 

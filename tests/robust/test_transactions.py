@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import prune
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import dgefx
 from dgefx.nn import DGEBlock
+from dgefx.nn.outlined import graphs_of
 from dgefx.passes.frontends import block_extraction
 from tests.helpers import TinyViT, error, images, randomise
 from tests.robust.user_blocks import DIM, UserAttention, UserModel
@@ -37,9 +39,10 @@ def fingerprint(model: nn.Module) -> list[Any]:
             elif not isinstance(value, (fx.Graph, fx.graph.CodeGen)):
                 found += [key, id(value) if not isinstance(value, (str, int)) else value]
         if isinstance(module, fx.GraphModule):
-            graph = module.graph
-            found += [id(graph), id(graph.owning_module), str(graph), module.code]
-            found += [all(node.graph is graph for node in graph.nodes), id(type(module).forward)]
+            found += [module.code, id(type(module).forward)]
+            for key, graph in graphs_of(module).items():
+                found += [key, id(graph), id(graph.owning_module), str(graph)]
+                found.append(all(node.graph is graph for node in graph.nodes))
     for value in [*model.parameters(), *model.buffers()]:
         found += [value.requires_grad, value.grad is None, value.tolist()]
     return found
@@ -61,7 +64,23 @@ def traced() -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"modules": plain, "graph": traced}
+class Switching(nn.Module):
+    """A module with graphs for training and for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        dense = randomise(TinyViT(prefix=1)).eval()
+        self.features = create_feature_extractor(dense, ["head"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)["head"]
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "modules": plain,
+    "graph": traced,
+    "graphs": lambda: Switching().eval(),
+}
 
 
 def fail_late(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, calls: int) -> None:

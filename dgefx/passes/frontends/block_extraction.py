@@ -88,7 +88,8 @@ def apply_extractions(model: nn.Module, extractions: list[Extraction]) -> None:
         module = model.get_submodule(plan.module)
         assert isinstance(module, fx.GraphModule)
         graphs = graphs_of(module)
-        module.meta[_KEPT] = (copy.deepcopy(graphs), plan)
+        # torchvision's extractors have none at first
+        vars(module).setdefault("meta", {})[_KEPT] = (copy.deepcopy(graphs), plan)
         for graph in set(graphs.values()):
             _prepare(module, graph)
         own = graphs[plan.graph]
@@ -104,7 +105,7 @@ def apply_extractions(model: nn.Module, extractions: list[Extraction]) -> None:
             _add_block(module, list(cut.values()), region, name)
             for graph, nodes in cut.items():
                 if region.output in nodes:
-                    _call_block(graph, nodes, region, name)
+                    _cut_out(graph, nodes, region, name)
         for attribute, graph in graphs.items():
             vars(module)[attribute] = refusing.get(graph, graph)
         module.graph.lint()
@@ -114,7 +115,8 @@ def apply_extractions(model: nn.Module, extractions: list[Extraction]) -> None:
 def restore(model: nn.Module) -> None:
     """Undo `apply_extractions`, in place, with the present parameters."""
     for module in model.modules():
-        kept = module.meta.pop(_KEPT, None) if isinstance(module, fx.GraphModule) else None
+        is_graph = isinstance(module, fx.GraphModule)
+        kept = vars(module).get("meta", {}).pop(_KEPT, None) if is_graph else None
         if kept is None:
             continue
         assert isinstance(module, fx.GraphModule)
@@ -221,7 +223,7 @@ def _add_block(
     module.add_module(name, block)
 
 
-def _call_block(graph: fx.Graph, nodes: _Nodes, region: GraphBlock, name: str) -> None:
+def _cut_out(graph: fx.Graph, nodes: _Nodes, region: GraphBlock, name: str) -> None:
     """Replace one region of a graph by a call of its submodule."""
     end, inputs = nodes[region.output], [nodes[index] for index in region.inputs]
     if not region.path:  # copies of a graph module keep what its nodes name
