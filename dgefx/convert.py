@@ -18,7 +18,7 @@ from dgefx.nn.block import DGEBlock
 from dgefx.nn.budget import solve
 from dgefx.nn.capacity import Plan
 from dgefx.nn.grid_shape import GridShape
-from dgefx.nn.image_hook import unwatch_images
+from dgefx.nn.image_hook import unhook_images
 from dgefx.nn.module_tree import put
 from dgefx.passes.frontends.block_extraction import apply_extractions, restore
 from dgefx.passes.frontends.exported import as_module, exported_inputs
@@ -226,6 +226,6 @@ def _revert(model: nn.Module) -> nn.Module:
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, GridShape):
                 del module._forward_hooks[key]
-        unwatch_images(module)
+        unhook_images(module)
     restore(model)
     return model

@@ -1,7 +1,7 @@
 """`project_rows`: a part of a fused projection, laid out as the block would have it.
 
-A fused qkv layer is wanted for queries in one world and for keys and values in the other; each
-world computes its own rows of the weight, so nothing is computed twice.
+A fused qkv layer is wanted for queries on one side and for keys and values on the other; each side
+computes its own rows of the weight, so nothing is computed twice.
 """
 
 from __future__ import annotations

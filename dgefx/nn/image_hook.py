@@ -13,7 +13,7 @@ from dgefx.nn.grid_shape import GridShape, Size
 from dgefx.nn.outlined import graphs_of
 from dgefx.nn.symbolic import is_symbolic, refuse_inlined
 
-_WATCH = "dge_image"
+_HOOKED = "dge_image"
 
 
 class ImageHook:
@@ -56,7 +56,7 @@ def grids_of(size: Size, stride: Size) -> tuple[Size, Size]:
     return (height // down, width // across), (-(-height // down), -(-width // across))
 
 
-class _ImageWatch(nn.Module):
+class _ImageReader(nn.Module):
     """Called by a graph with its inputs: copies of a graph module lose hooks on itself."""
 
     _is_impure = True  # of no use to the graph, and to be kept in it
@@ -65,29 +65,29 @@ class _ImageWatch(nn.Module):
         return None
 
 
-def watch_images(module: nn.Module, hook: ImageHook) -> None:
+def hook_images(module: nn.Module, hook: ImageHook) -> None:
     """Have `hook` see what `module` is called with."""
     if isinstance(module, fx.GraphModule):
-        if _WATCH not in module._modules:
-            module.add_module(_WATCH, _ImageWatch())
+        if _HOOKED not in module._modules:
+            module.add_module(_HOOKED, _ImageReader())
             for graph in set(graphs_of(module).values()):
                 inputs = graph.find_nodes(op="placeholder")
                 with graph.inserting_after(inputs[-1]):
-                    graph.call_module(_WATCH, tuple(inputs))
+                    graph.call_module(_HOOKED, tuple(inputs))
             module.recompile()
-        module = module.get_submodule(_WATCH)
+        module = module.get_submodule(_HOOKED)
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def unwatch_images(module: nn.Module) -> None:
-    """Undo `watch_images`."""
+def unhook_images(module: nn.Module) -> None:
+    """Undo `hook_images`."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, ImageHook):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-    if isinstance(module, fx.GraphModule) and _WATCH in module._modules:
+    if isinstance(module, fx.GraphModule) and _HOOKED in module._modules:
         for graph in set(graphs_of(module).values()):
-            for node in graph.find_nodes(op="call_module", target=_WATCH):
+            for node in graph.find_nodes(op="call_module", target=_HOOKED):
                 graph.erase_node(node)
-        delattr(module, _WATCH)
+        delattr(module, _HOOKED)
         module.recompile()

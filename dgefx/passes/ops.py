@@ -62,7 +62,7 @@ class Op(Flag):
     """What an operation does; most do several of these."""
 
     MOVES = auto()  # every output element is one input element
-    SIZED = auto()  # moves data; its size arguments may name the token count
+    SIZED = auto()  # moves data; its arguments are the shape of its result
     SHIFTS = auto()  # moves data along an axis that it keeps, and may fill up
     SAME = auto()  # moves nothing either
     JOINS = auto()  # makes one tensor of several
@@ -80,7 +80,6 @@ class Op(Flag):
     VOLUME = auto()  # works on (B, C, D, H, W)
     RANDOM = auto()  # draws random numbers
     FILLS = auto()  # as a method with "_": sets every element anew
-    CREATES = auto()  # makes a tensor of a given size, from nothing
     UNINITIALISED = auto()  # makes a tensor of no known values
     READS_ELEMENTS = auto()  # makes a number or boolean of a tensor's elements
     READS_SIZES = auto()  # asks a value for what its elements do not tell
@@ -90,8 +89,8 @@ class Op(Flag):
 
 
 _TABLE: tuple[tuple[str, Op], ...] = (
-    ("view reshape unflatten", Op.MOVES | Op.SIZED),
-    ("permute transpose movedim flatten squeeze unsqueeze expand", Op.MOVES),
+    ("view reshape unflatten expand", Op.MOVES | Op.SIZED),
+    ("permute transpose movedim flatten squeeze unsqueeze", Op.MOVES),
     ("unbind chunk split split_with_sizes tensor_split select narrow", Op.MOVES),
     ("view_as reshape_as expand_as", Op.MOVES),
     ("contiguous clone detach identity", Op.MOVES | Op.SAME | Op.TOKENWISE),
@@ -121,14 +120,12 @@ _TABLE: tuple[tuple[str, Op], ...] = (
     ("conv2d conv_transpose2d max_pool2d avg_pool2d adaptive_avg_pool2d", Op.SPATIAL),
     ("max_pool2d_with_indices interpolate upsample group_norm groupnorm", Op.SPATIAL),
     ("conv3d conv_transpose3d max_pool3d avg_pool3d adaptive_avg_pool3d", Op.VOLUME),
-    ("rand randn", Op.RANDOM | Op.CREATES),
-    ("randint randperm multinomial poisson rand_like randn_like randint_like", Op.RANDOM),
+    ("rand randn randint randperm rand_like randn_like randint_like", Op.RANDOM),
+    ("multinomial poisson", Op.RANDOM),
     ("uniform normal random exponential", Op.RANDOM | Op.FILLS),
     ("bernoulli", Op.RANDOM | Op.FILLS | Op.SCALES),
     ("fill zero copy", Op.FILLS),
-    ("ones zeros full new_ones new_zeros new_full", Op.CREATES),
-    ("empty new_empty", Op.CREATES | Op.UNINITIALISED),
-    ("empty_like", Op.UNINITIALISED),
+    ("empty new_empty empty_like", Op.UNINITIALISED),
     ("item tolist equal allclose is_nonzero", Op.READS_ELEMENTS),
     ("getattr size dim numel", Op.READS_SIZES),
     ("isfinite isinf isnan", Op.CHECKS_RANGE),
@@ -144,7 +141,6 @@ def named(does: Op) -> frozenset[str]:
 
 
 MOVEMENT = named(Op.MOVES)
-VIEWS = named(Op.SIZED)
 ELEMENTWISE = named(Op.ELEMENTWISE)
 TOKENWISE = named(Op.TOKENWISE)
 RANDOM = named(Op.RANDOM)

@@ -48,7 +48,7 @@ def why_unequal(example: BlockExample, constant: bool) -> Reason | None:
 
 
 def _run(example: BlockExample, seed: int = 1, training: bool = False) -> Tensor:
-    # in train mode chance is expected, as far as it is known
+    # in train mode random numbers are left out, as far as they are known
     mode = Deterministic() if training else None
     return example.run(copy_block(example.block).train(training), mode, seed)
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from dgefx.kernels.layout import has_parts, parts_of, query_count
 from dgefx.kernels.window import lead_count, slot_count
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import argument, op_name
+from dgefx.passes.ops import Op, argument, named, op_name
 from dgefx.passes.sides.sides import is_size
 from dgefx.passes.sides.token_axes import TokenAxes, size_read
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dgefx.passes.emit.builder import GraphBuilder
 
 #: give their result its shape
-_RESHAPES = frozenset({"view", "reshape", "unflatten", "expand"})
+_RESHAPES = named(Op.SIZED)
 _SPLITS = frozenset({"split", "split_with_sizes", "narrow"})
 #: what queries are asked in place of all tokens, as the answer is the same
 _ON_BOTH_SIDES = (bool, torch.dtype, torch.device, torch.layout)

@@ -149,15 +149,15 @@ class BlockExample:
         return call
 
     def run(
-        self, module: nn.Module, chance: TorchFunctionMode | None = None, seed: int = 0
+        self, module: nn.Module, mode: TorchFunctionMode | None = None, seed: int = 0
     ) -> Tensor:
         """The first floating point tensor that `module` gives for the call.
 
         Args:
-            chance: a mode to run in.
+            mode: to run in, such as `Deterministic`.
         """
         seed_all(seed)
         args, kwargs = self.copied()
-        with contextlib.nullcontext() if chance is None else chance:
+        with contextlib.nullcontext() if mode is None else mode:
             found = tensors_in(module(*args, **kwargs))
         return next(tensor for tensor in found if tensor.is_floating_point())

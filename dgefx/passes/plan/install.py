@@ -16,7 +16,7 @@ from dgefx.nn.block import DGEBlock
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.capacity import Plan, plans
 from dgefx.nn.grid_shape import GridShape, Size
-from dgefx.nn.image_hook import ImageHook, watch_images
+from dgefx.nn.image_hook import ImageHook, hook_images
 from dgefx.nn.module_tree import put
 from dgefx.nn.router import Router
 from dgefx.passes.locate.grid_source import GridSource
@@ -95,7 +95,7 @@ def _grid_shape(model: nn.Module, source: GridSource, grid: Size) -> GridShape:
         return shape
     shape = GridShape(grid, source.module)
     hook = ImageHook(shape, source.size, source.stride)
-    watch_images(model.get_submodule(source.module), hook)
+    hook_images(model.get_submodule(source.module), hook)
     return shape
 
 

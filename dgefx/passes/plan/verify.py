@@ -261,18 +261,18 @@ def _require_finest(
     """Compare at the finest granularity, in the mode that both blocks are in."""
     training = dense.training
     what = "train mode at the finest granularity" if training else "the finest granularity"
-    chance = _undrawn(plan, config)
+    undrawn = _undrawn(plan, config)
 
-    def compare(chance: TorchFunctionMode | None, seed: int) -> None:
-        wanted = example.run(dense, chance, seed)
-        require_equal(example.run(converted, chance, seed), wanted, example.before, what)
+    def compare(mode: TorchFunctionMode | None, seed: int) -> None:
+        wanted = example.run(dense, mode, seed)
+        require_equal(example.run(converted, mode, seed), wanted, example.before, what)
 
     # what is drawn once for two images is the same for both by chance
     for seed in range(3 if training and config.packs else 1):
         try:
-            compare(chance, seed)
+            compare(undrawn, seed)
         except Refused:
-            if not training or chance is not None:
+            if not training or undrawn is not None:
                 raise
             # a dropout that queries and keys both read is drawn for each of them
             compare(Deterministic(per_element=True), seed)

@@ -41,9 +41,9 @@ _LACKING = (RuntimeError, TypeError, NotImplementedError)
 
 def verify_gradients(example: BlockExample, plan: BlockPlan, config: DGEConfig) -> None:
     """Compare the gradients of the stream and of all parameters at the finest granularity, in train
-    mode without chance and, where there is more in it then, in eval mode. In float64 or, where the
-    block has float32 written into it or gives something else in float64 (SDPA takes a float32 mask
-    for one of float64), in float32.
+    mode without random numbers and, where there is more in it then, in eval mode. In float64 or,
+    where the block has float32 written into it or gives something else in float64 (SDPA takes a
+    float32 mask for one of float64), in float32.
 
     Routed by detail, whatever `config` asks for: learned gates have gradients of their own.
 
@@ -223,7 +223,7 @@ class _Gradients:
                 wanted[f"input {index}"] = value.requires_grad_(True)
         random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
         with torch.enable_grad(), random:
-            # seeded, as `nn.MultiheadAttention` has chance of its own
+            # seeded, as `nn.MultiheadAttention` draws by itself
             output = given.run(module, Deterministic())
             weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
             loss = scale * (output * weights.to(output)).sum()

@@ -20,7 +20,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from dgefx.passes.errors import TraceError
-from dgefx.passes.trace.deterministic import RANDOM
+from dgefx.passes.ops import RANDOM
 
 if TYPE_CHECKING:
     from dgefx.passes.trace.tracer import ConcolicTracer

@@ -19,19 +19,14 @@ from torch import Tensor, fx, nn
 from dgefx.ambient import working_dtype
 from dgefx.nn.guards import FLOATS
 from dgefx.passes.errors import TraceError
-from dgefx.passes.ops import op_name
-from dgefx.passes.trace.deterministic import RANDOM
+from dgefx.passes.ops import RANDOM, Op, named, op_name
 from dgefx.passes.trace.tensor_versions import tensors_of
 from dgefx.passes.walk import breadth_first
 
-#: how many elements these have depends on what they are given
-_SHAPED_BY_DATA = frozenset(
-    "nonzero argwhere masked_select unique unique_consecutive bincount".split()
-)
-#: results that are numbers or booleans made of the elements of a tensor
-_READS_ELEMENTS = frozenset({"item", "tolist", "equal", "allclose", "is_nonzero"})
-#: what blocks ask before they clamp half precision; the same for all sane data
-_GUARDS_OVERFLOW = frozenset({"isfinite", "isinf", "isnan"})
+_SHAPED_BY_DATA = named(Op.SHAPED_BY_DATA)
+_READS_ELEMENTS = named(Op.READS_ELEMENTS)
+#: what blocks ask before they clamp half precision
+_CHECKS_RANGE = named(Op.CHECKS_RANGE)
 
 
 @dataclass
@@ -85,13 +80,13 @@ class Decisions:
             if given or trained:
                 raise TraceError(f"a branch or number follows the value of {node.name}")
             name = op_name(source, self.root)
-            if name.rstrip("_") in RANDOM:
+            if name in RANDOM:
                 raise TraceError(f"a branch or number follows random numbers, which {name} draws")
 
     def _read_for(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose elements, or numbers, a node's value is made of."""
         name = op_name(node, self.root)
-        if name in _GUARDS_OVERFLOW:
+        if name in _CHECKS_RANGE:
             return []
         # from a tensor to a number only by reading its elements: a size is none of them
         if tensors_of(self.values[node]) or name in _READS_ELEMENTS:

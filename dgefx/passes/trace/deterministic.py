@@ -15,12 +15,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-#: functions that draw random numbers, also where none of their arguments is symbolic
-RANDOM = frozenset(
-    "rand randn randint randperm bernoulli normal multinomial poisson rand_like randn_like "
-    "randint_like uniform random exponential".split()
-)
-
 
 @functools.cache
 def _has_accelerator() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from dgefx.passes.errors import TraceError
+from dgefx.passes.ops import Op, named
 from dgefx.passes.trace.tensor_versions import set_item, shares_memory
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ AUGMENTED: dict[str, Any] = {
     f"i{name.rstrip('_')}": getattr(operator, name) for name in _AUGMENTED.split()
 }
 
-#: set every element anew: there is no functional form, and no reading of what was there
-_FILLS = frozenset("bernoulli_ uniform_ normal_ fill_ zero_ copy_ random_ exponential_".split())
+#: there is no functional form, and no reading of what was there
+_FILLS = frozenset(f"{name}_" for name in named(Op.FILLS))
 
 
 def is_fill(node: fx.Node) -> bool:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dgefx.passes.trace.deterministic import RANDOM, Deterministic, random_numbers_kept, seed_all
+from dgefx.passes.ops import RANDOM
+from dgefx.passes.trace.deterministic import Deterministic, random_numbers_kept, seed_all
 
 _TRIED = 3  # tokens along the first token axis; one more along each other, or they could be swapped
 
