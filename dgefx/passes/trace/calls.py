@@ -52,6 +52,7 @@ class Calls(TorchFunctionMode):
         self.functions: dict[str, None] = {}
         self.knows_autocast = self.asks_grad = False
         self._refused = ""
+        self._numpy = b""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -94,7 +95,7 @@ class Calls(TorchFunctionMode):
             TraceError: at the end, where what was called would be fixed.
         """
         profile: Any = sys.getprofile()
-        numpy_before = pickle.dumps(_numpy_state())
+        self._numpy = _numpy_state()
         sys.setprofile(self.note)
         try:
             with self:
@@ -103,30 +104,32 @@ class Calls(TorchFunctionMode):
             sys.setprofile(profile if callable(profile) else None)
             if hasattr(profile, "enable"):  # cProfile's, which Python 3.11 cannot set again
                 profile.enable()
-        if pickle.dumps(_numpy_state()) != numpy_before:
+        self._look_at_numpy()
+        if self._refused:
+            raise TraceError(self._refused)
+
+    def _look_at_numpy(self) -> None:
+        if _numpy_state() != self._numpy:
             self._refused = (
                 "the block draws from numpy.random, which would be fixed (or another thread does "
                 "meanwhile)"
             )
-        if self._refused:
-            raise TraceError(self._refused)
+
+    @contextmanager
+    def numpy_may_draw(self) -> Iterator[None]:
+        """What a module that stays a call draws meanwhile, it draws anew in every call. The state
+        of numpy's generator is looked at, never set: other threads draw from it too."""
+        self._look_at_numpy()
+        try:
+            yield
+        finally:
+            self._numpy = _numpy_state()
 
 
-def _numpy_state() -> Any:
+def _numpy_state() -> bytes:
     """Of numpy's own generator, whose calls no profiling function sees."""
     numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.random.get_state(legacy=False)
-
-
-@contextmanager
-def numpy_random_kept() -> Iterator[None]:
-    """Leaves numpy's random numbers as they were: a module that stays a call may draw some."""
-    state = _numpy_state()
-    try:
-        yield
-    finally:
-        if state is not None:
-            sys.modules["numpy"].random.set_state(state)
+    return b"" if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False))
 
 
 def _is_library(frame: Any) -> bool:

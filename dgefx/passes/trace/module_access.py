@@ -7,10 +7,11 @@ classes for the time, which tell the tracer. Used by `passes.trace.tracer`.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import enum
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,48 @@ def _is_shared(name: str, value: Any) -> bool:
     return not name.startswith("__") and not callable(value) and is_setting(value)
 
 
+#: a base that type checkers do not hold against `MutableMapping`
+_Dict: Any = dict
+
+
+class _HeldTensors(MutableMapping[str, Any], _Dict):
+    """The parameters or buffers of a module, as the traced code reads them: by whichever method,
+    `MutableMapping` has it from `__getitem__`."""
+
+    def __init__(self, module: nn.Module, held: dict[str, Any], tracer: ConcolicTracer) -> None:
+        _Dict.__init__(self, held)
+        self._module, self._tracer = module, tracer
+
+    def __getitem__(self, name: str) -> Any:
+        value = _Dict.__getitem__(self, name)
+        return self._tracer.read_tensor(value) if isinstance(value, Tensor) else value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in self:
+            self._tracer.write_setting(self._module, name, _Dict.__getitem__(self, name), value)
+        _Dict.__setitem__(self, name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        # of Python: `dict(held)` and `{**held}` go past `__getitem__` where it is that of `dict`
+        return _Dict.__iter__(self)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    __delitem__, __len__, __contains__ = _Dict.__delitem__, _Dict.__len__, _Dict.__contains__
+
+
+class _Underived(nn.Module):
+    """First of the bases of a class, it keeps the others from hearing that somebody derives from
+    them: some keep a list of who does, ask for keywords, or forbid it."""
+
+    def __init_subclass__(cls, **_options: Any) -> None:
+        """Does not ask those after it."""
+
+
 def _derived(kind: Any, tracer: ConcolicTracer) -> Any:
     """A class like `kind` whose instances tell of themselves."""
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
@@ -118,10 +161,6 @@ def _derived(kind: Any, tracer: ConcolicTracer) -> Any:
             return tracer.read_setting(self, name, value) if is_setting(value) else value
         return value
 
-    def read_missing(self: nn.Module, name: str) -> Any:
-        value = kind.__getattr__(self, name)
-        return tracer.read_tensor(value) if isinstance(value, Tensor) else value
-
     def write(self: nn.Module, name: str, value: Any) -> None:
         tracer.write_setting(self, name, vars(self).get(name, _MISSING), value)
         kind.__setattr__(self, name, value)
@@ -129,11 +168,12 @@ def _derived(kind: Any, tracer: ConcolicTracer) -> Any:
     added = {
         "__call__": call,
         "__getattribute__": read,
-        "__getattr__": read_missing,
         "__setattr__": write,
         **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
     }
-    return type(kind)(kind.__name__, (kind,), added)
+    # not by the user's metaclass, which may do as much as `__init_subclass__`
+    made_by = abc.ABCMeta if isinstance(kind, abc.ABCMeta) else type
+    return made_by.__new__(type(kind), kind.__name__, (_Underived, kind), added)
 
 
 @contextlib.contextmanager
@@ -147,11 +187,22 @@ def heard(root: nn.Module, tracer: ConcolicTracer) -> Iterator[None]:
     own = (v for m in root.modules() for k, v in vars(m).items() if k not in MODULE_ATTRIBUTES)
     hidden = (leaf for leaf in pytree.tree_leaves(list(own)) if isinstance(leaf, nn.Module))
     kinds = {module: type(module) for module in (*root.modules(), *hidden)}
+    held = [(m, name, vars(m)[name]) for m in kinds for name in ("_parameters", "_buffers")]
     try:
+        for module, name, tensors in held:
+            vars(module)[name] = _HeldTensors(module, tensors, tracer)
         derived = {kind: _derived(kind, tracer) for kind in dict.fromkeys(kinds.values())}
         for module, kind in kinds.items():
-            object.__setattr__(module, "__class__", derived[kind])
+            # some set the class of an instance for good; these are traced through
+            with contextlib.suppress(AttributeError, TypeError):
+                object.__setattr__(module, "__class__", derived[kind])
         yield
     finally:
         for module, kind in kinds.items():
-            object.__setattr__(module, "__class__", kind)
+            with contextlib.suppress(AttributeError, TypeError):
+                object.__setattr__(module, "__class__", kind)
+        for module, name, before in held:
+            # what forward added may be in the graph, what it replaced is noted as written
+            now = vars(module)[name]
+            before.update((key, dict.__getitem__(now, key)) for key in now if key not in before)
+            vars(module)[name] = before

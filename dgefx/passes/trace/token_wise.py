@@ -48,7 +48,8 @@ def is_token_wise(module: nn.Module, value: Tensor) -> bool:
 def _state_kept(module: nn.Module) -> Iterator[None]:
     """Forgets what forward keeps for the few tokens that are tried: the trace would read it."""
     own = [vars(part) for part in module.modules()]
-    kept: list[Any] = [*own, *(part._buffers for part in module.modules())]
+    parts = list(module.modules())
+    kept: list[Any] = [*own, *(p._buffers for p in parts), *(p._parameters for p in parts)]
     # those of a user's own class may do anything
     kept += [v for held in own for v in held.values() if type(v) in (dict, OrderedDict, list)]
     before = [held.copy() for held in kept]

@@ -23,7 +23,7 @@ from dgefx.nn.block_types import FUNCTION, SWITCH
 from dgefx.nn.callspec import CallSpec
 from dgefx.passes.errors import TraceError
 from dgefx.passes.ops import run_node
-from dgefx.passes.trace.calls import Calls, autocast_state, numpy_random_kept
+from dgefx.passes.trace.calls import Calls, autocast_state
 from dgefx.passes.trace.decisions import Decisions
 from dgefx.passes.trace.in_place import functional_form, is_fill, write, write_by_module, write_item
 from dgefx.passes.trace.module_access import ModuleState, heard
@@ -98,7 +98,8 @@ class ConcolicTracer(fx.Tracer):
         self._grad_is_off = False
         self._without_grad: set[fx.Node] = set()
         self._paths = {module: name for name, module in root.named_modules()}
-        self._attributes: dict[str, fx.Node] = {}
+        #: one proxy each, so that what is asked for every tensor once finds it again
+        self._attributes: dict[str, fx.Proxy] = {}
         self._tensor_names: dict[Tensor, str] = {}
         for name, value in (*root.named_parameters(), *root.named_buffers()):
             self._tensor_names.setdefault(value, name)
@@ -211,7 +212,8 @@ class ConcolicTracer(fx.Tracer):
             if not t.is_inference()
         ]
         try:
-            with numpy_random_kept() if self._is_users_module(node) else contextlib.nullcontext():
+            users = self._is_users_module(node)
+            with self.calls.numpy_may_draw() if users else contextlib.nullcontext():
                 value = run_node(node, self.root, args, kwargs)
         except Exception as error:
             raise TraceError(f"{node.format_node()} failed while tracing: {error}") from error
@@ -278,7 +280,7 @@ class ConcolicTracer(fx.Tracer):
             return False
         value = self.values[self.tensors.current(args[0].node)]
         inside = [part for part in m.modules() if part in self._in_place]
-        with numpy_random_kept():
+        with self.calls.numpy_may_draw():
             try:
                 for part in inside:
                     part.inplace = True  # type: ignore[assignment]
@@ -315,8 +317,8 @@ class ConcolicTracer(fx.Tracer):
 
     def _attribute(self, target: str) -> fx.Proxy:
         if target not in self._attributes:
-            self._attributes[target] = self.create_proxy("get_attr", target, (), {}).node
-        return self.proxy(self._attributes[target])
+            self._attributes[target] = self.create_proxy("get_attr", target, (), {})
+        return self._attributes[target]
 
     def settings_read(self) -> Any:
         """Those that decide something: what a drop path reads in eval mode does not."""
