@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx import AttentionForm
+from dgefx.passes.attention.core import AttentionCore, SearchedGraph
 from dgefx.passes.reasons import Reason
 from tests.helpers import error, images, randomise
 
@@ -154,6 +156,40 @@ def test_a_function_that_a_module_holds(register: Callable[..., AttentionForm]) 
     model = dgefx.convert(dense.eval(), 0.7, example_inputs=images(2, 32))
     assert all(block.status == "converted" for block in dgefx.report(model).blocks)
     assert all(block.function is hidden for block in dense.blocks)
+
+
+@pytest.mark.parametrize("bound", [{}, {"bias": torch.zeros(64, 64)}])
+def test_a_function_that_a_module_holds_with_some_arguments(
+    register: Callable[..., AttentionForm], bound: dict[str, Any]
+) -> None:
+    dense, x = ViT(lambda block, q, k, v: block.function(q, k, v)).eval(), images(2, 32)
+    held = functools.partial(hidden, **bound)
+    for block in dense.blocks:
+        block.function = held
+    register([hidden], gathers_mask=True)
+    model = dgefx.convert(dense, 0.7, example_inputs=x)
+    assert all(block.status == "converted" for block in dgefx.report(model).blocks)
+    assert all(block.function is held for block in dense.blocks)
+    dgefx.set_budget(model, 1.0)
+    with torch.no_grad():
+        assert error(model(x), dense(x)) <= 1e-5
+
+
+def test_a_form_may_be_registered_while_another_thread_converts(
+    register: Callable[..., AttentionForm],
+) -> None:
+    class Changing(AttentionForm):
+        """As if somebody registered a form in the midst of a search."""
+
+        def find(self, searched: SearchedGraph) -> list[AttentionCore]:
+            if "another" not in dgefx.passes.attention.registry.form_names():
+                dgefx.register_attention(AttentionForm("another", [tokens_first]))
+            return super().find(searched)
+
+    dgefx.register_attention(Changing("changing", [operator]))
+    register([hidden])
+    model = dgefx.convert(ViT(by_name).eval(), 0.7, example_inputs=images(2, 32))
+    assert all(block.status == "converted" for block in dgefx.report(model).blocks)
 
 
 def test_another_function_of_that_name_is_none_of_the_form(

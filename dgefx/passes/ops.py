@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from enum import Flag, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.fx import Node, map_arg
@@ -171,13 +171,25 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
     if node.op == "call_function":
         # an ATen overload is called "linear.default"
         target = getattr(node.target, "overloadpacket", node.target)
-        return own_name(target) or _normalise(getattr(target, "__name__", str(target)))
+        own = own_function(target)
+        return own.operation if own else _normalise(getattr(target, "__name__", str(target)))
     return node.op
 
 
-#: functions that are one operation whatever they do inside: names of operations by their full
-#: names, by the last part of these
-_own_names: dict[str, dict[str, str]] = {}
+class OwnFunction(NamedTuple):
+    """A function that is one operation whatever it does inside.
+
+    stand_in: computes the same by operations that are known, see
+        `passes.attention.core.AttentionForm`.
+    """
+
+    operation: str
+    stand_in: Callable[..., Any] | None = None
+
+
+#: by their full names, by the last part of these; another dictionary after every change, so that
+#: who reads one meanwhile has all of it
+_own_functions: dict[str, dict[str, OwnFunction]] = {}
 
 
 def full_name(function: Any) -> str:
@@ -193,33 +205,30 @@ def full_name(function: Any) -> str:
     )
 
 
-def own_name(function: Any) -> str | None:
-    """The operation that a function was made by `set_own_names`."""
-    names = _own_names.get(getattr(function, "__name__", ""))
-    return names.get(full_name(function)) if names else None
+def own_function(function: Any) -> OwnFunction | None:
+    """What a function was made by `set_own_functions`."""
+    found = _own_functions.get(getattr(function, "__name__", ""))
+    return found.get(full_name(function)) if found else None
 
 
-def set_own_names(names: Mapping[str, str]) -> None:
+def set_own_functions(functions: Mapping[str, OwnFunction]) -> None:
     """Let functions be operations of their own, and these alone.
 
     Args:
-        names: of the operations, by the full names of the functions.
+        functions: by their full names.
     """
-    _own_names.clear()
-    for full, name in names.items():
-        _own_names.setdefault(re.split(r"\.|::", full)[-1], {})[full] = name
-
-
-#: by full names, functions that compute the same by operations that are known, see
-#: `passes.attention.core.AttentionForm`
-stand_ins: dict[str, Callable[..., Any]] = {}
+    global _own_functions
+    table: dict[str, dict[str, OwnFunction]] = {}
+    for full, function in functions.items():
+        table.setdefault(re.split(r"\.|::", full)[-1], {})[full] = function
+    _own_functions = table
 
 
 def own_functions() -> list[str]:
     """The last parts of the names of Python functions among them whose modules are imported."""
     imported = tuple(f"{module}." for module in [*sys.modules])
     return [
-        last for last, names in _own_names.items() if any(n.startswith(imported) for n in names)
+        last for last, found in _own_functions.items() if any(n.startswith(imported) for n in found)
     ]
 
 

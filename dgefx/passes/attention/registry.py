@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -11,32 +15,29 @@ from dgefx.passes.attention.fused import FusedAttention
 from dgefx.passes.attention.module import ModuleAttention
 from dgefx.passes.attention.sampling import SamplingAttention
 from dgefx.passes.attention.unfused import UnfusedAttention
-from dgefx.passes.ops import op_name, set_own_names, stand_ins
+from dgefx.passes.ops import OwnFunction, op_name, set_own_functions
 
-_forms: dict[str, AttentionForm] = {}
-#: by what their calls are called in `passes.ops`
-_operations: dict[str, AttentionForm] = {}
-
-
-def _name_functions() -> None:
-    functions = [(name, form) for form in _forms.values() for name in form.functions]
-    set_own_names({name: form.operation for name, form in functions})
-    _operations.clear()
-    _operations.update({form.operation: form for form in _forms.values()})
-    stand_ins.clear()
-    stand_ins.update({name: form.stand_in for name, form in functions if form.stand_in})
+#: by their names; another one after every change, so that a conversion in another thread, which
+#: reads it without a lock, has all of it
+_forms: Mapping[str, AttentionForm] = MappingProxyType({})
+_one_change_at_a_time = threading.Lock()
 
 
-def _add(form: AttentionForm) -> None:
-    _forms[form.name] = form
-    _name_functions()
+def _set_forms(*forms: AttentionForm) -> None:
+    global _forms
+    _forms = MappingProxyType({form.name: form for form in forms})
+    set_own_functions(
+        {
+            name: OwnFunction(form.operation, form.stand_in)
+            for form in forms
+            for name in form.functions
+        }
+    )
 
 
-_add(UnfusedAttention())
-_add(FusedAttention())
-_add(ModuleAttention())
-_add(SamplingAttention())
-_add(FlexAttention())
+_set_forms(
+    UnfusedAttention(), FusedAttention(), ModuleAttention(), SamplingAttention(), FlexAttention()
+)
 
 
 def register_attention(form: AttentionForm) -> AttentionForm:
@@ -54,17 +55,18 @@ def register_attention(form: AttentionForm) -> AttentionForm:
             f"register_attention takes an instance of dgefx.AttentionForm, not {form!r}: "
             f"register_attention(AttentionForm('my_attention', functions=[my_attention]))"
         )
-    if form.name in _forms:
-        raise ValueError(
-            f"an attention form {form.name!r} is registered already; choose another name, or call "
-            f"dgefx.unregister_attention({form.name!r}) before"
-        )
     if not form.functions and type(form).find is AttentionForm.find:
         raise ValueError(f"{form.name!r} lists no functions, so no call of it would be found")
-    for other in _forms.values():
-        for function in set(other.functions) & set(form.functions):
-            raise ValueError(f"{function} belongs to the attention form {other.name!r} already")
-    _add(form)
+    with _one_change_at_a_time:
+        if form.name in _forms:
+            raise ValueError(
+                f"an attention form {form.name!r} is registered already; choose another name, or "
+                f"call dgefx.unregister_attention({form.name!r}) before"
+            )
+        for other in _forms.values():
+            for function in set(other.functions) & set(form.functions):
+                raise ValueError(f"{function} belongs to the attention form {other.name!r} already")
+        _set_forms(*_forms.values(), form)
     return form
 
 
@@ -75,10 +77,10 @@ def unregister_attention(form: AttentionForm | str) -> None:
         ValueError: there is none.
     """
     name = form if isinstance(form, str) else form.name
-    if name not in _forms:
-        raise ValueError(f"no attention form {name!r}; there are {', '.join(_forms)}")
-    del _forms[name]
-    _name_functions()
+    with _one_change_at_a_time:
+        if name not in _forms:
+            raise ValueError(f"no attention form {name!r}; there are {', '.join(_forms)}")
+        _set_forms(*(kept for kept in _forms.values() if kept.name != name))
 
 
 def form_names() -> list[str]:
@@ -88,7 +90,7 @@ def form_names() -> list[str]:
 
 def form_named(name: str) -> AttentionForm | None:
     """The form with calls of this name in `passes.ops`."""
-    return _operations.get(name)
+    return next((form for form in _forms.values() if form.operation == name), None)
 
 
 def form_of(node: Node, root: nn.Module | None = None) -> AttentionForm | None:

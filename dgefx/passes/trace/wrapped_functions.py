@@ -1,6 +1,6 @@
 """Functions that become nodes where they are given a proxy.
 
-Those of the `math` module, those that are operations of their own (`passes.ops.set_own_names`) and
+Those of the `math` module, those that are operations of their own (`passes.ops.own_function`) and
 those that users marked with `torch.fx.wrap` are replaced where everybody finds them, one trace at a
 time, by wrappers that do the same for plain values. Used by `passes.trace.block_trace` and
 `passes.capture`.
@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
-from dgefx.passes.ops import full_name, own_functions, own_name, stand_ins
+from dgefx.passes.ops import OwnFunction, own_function, own_functions
 
 _MATH = frozenset(id(f) for name, f in vars(math).items() if not name.startswith("_"))
 _one_trace_at_a_time = threading.RLock()
@@ -53,8 +53,13 @@ def _globals(root: nn.Module) -> list[dict[str, Any]]:
     return list({id(scope): scope for scope in scopes}.values())
 
 
+def _own_function(value: Any) -> OwnFunction | None:
+    """What a function, or the one that a `functools.partial` calls, is as an operation."""
+    return own_function(value.func if isinstance(value, functools.partial) else value)
+
+
 def _own_functions(root: nn.Module, attributes: bool = True) -> Found:
-    """Where functions that are operations of their own (`passes.ops.set_own_names`) are found:
+    """Where functions that are operations of their own (`passes.ops.own_function`) are found:
     under their names in any module, under any name in the code of `root` and, if asked for, in the
     attributes of its modules."""
     names = own_functions()
@@ -62,10 +67,10 @@ def _own_functions(root: nn.Module, attributes: bool = True) -> Found:
         return
     for imported in list(sys.modules.values()):
         scope = getattr(imported, "__dict__", {})
-        yield from ((scope, name) for name in names if own_name(scope.get(name)) is not None)
+        yield from ((scope, name) for name in names if _own_function(scope.get(name)))
     for scope in (*_globals(root), *(map(vars, root.modules()) if attributes else ())):
         for name, value in list(scope.items()):
-            if callable(value) and own_name(value) is not None:
+            if callable(value) and _own_function(value):
                 yield scope, name
 
 
@@ -85,6 +90,16 @@ def original(value: Any) -> Any:
     return value
 
 
+def _with_wrapper(function: Any, wrapper: Callable[[Any], Any]) -> Any:
+    """Of a `functools.partial`, what it calls is wrapped: that is the operation."""
+    if not isinstance(function, functools.partial):
+        return wrapper(function)
+    called = wrapper(function.func)
+    if called is function.func:
+        return function
+    return functools.partial(called, *function.args, **function.keywords)
+
+
 @contextlib.contextmanager
 def _replaced(found: Found, wrapper: Callable[[Any], Any]) -> Iterator[None]:
     """While active, functions are replaced where everybody finds them."""
@@ -93,7 +108,7 @@ def _replaced(found: Found, wrapper: Callable[[Any], Any]) -> Iterator[None]:
         try:
             for (_, name), scope in {(id(scope), name): scope for scope, name in found}.items():
                 function = scope[name] if name in scope else getattr(builtins, name)
-                replacement = wrapper(function)
+                replacement = _with_wrapper(function, wrapper)
                 if replacement is not function:
                     kept.append((scope, name, scope.get(name)))
                     scope[name] = replacement
@@ -108,14 +123,16 @@ def _replaced(found: Found, wrapper: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def _stands_in(function: Any) -> bool:
-    return own_name(function) is not None and full_name(function) in stand_ins
+    own = _own_function(function)
+    return own is not None and own.stand_in is not None
 
 
 def _with_stand_in(function: Any, otherwise: Callable[..., Any], counting: bool = False) -> Any:
     """What runs for a function that has a stand-in, and where that one computes the same."""
-    stand_in = stand_ins.get(full_name(function))
-    if stand_in is None:
+    own = own_function(function)
+    if own is None or own.stand_in is None:
         return otherwise
+    stand_in = own.stand_in
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -132,7 +149,7 @@ def stand_ins_run(root: nn.Module, counting: bool = False) -> AbstractContextMan
     Args:
         counting: whether it is enough that they count the same FLOPs.
     """
-    last = own_functions() if stand_ins else []
+    last = own_functions()
     for scope in _globals(root) if last else ():
         for value in list(scope.values()):
             known = vars(value) if isinstance(value, ModuleType) else {}
