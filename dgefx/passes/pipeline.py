@@ -188,12 +188,13 @@ def analyse(
                 f"forward pass. {_RECOGNISED}"
             )
         reasons: Reasons = refusal_reasons(located)
-        reasons |= _left_out(located.sites, model, work, filter_fn)
+        sites = [site for site in located.sites if site not in reasons]
+        reasons |= _left_out(sites, model, work, filter_fn)
         for block in located.blocks:
             why = reasons.get(block)
             decided = block.layout if isinstance(block, Site) else None
             log_stage(block.name, "located", decided if why is None else why.text)
-        sites = [site for site in located.sites if site not in reasons]
+        sites = [site for site in sites if site not in reasons]
         observed = observe(work, call, {site.name for site in sites})
         plans, refused = _convert_blocks(model, work, sites, observed, config)
         costs = price(work, plans, observed.calls, config.bounded())
@@ -260,15 +261,14 @@ def _convert_blocks(
     types: dict[str, torch.dtype] = {}
     before = BlocksBefore(plans, types, GraphCache())
     for site in sites:
-        block = work.get_submodule(site.name)
-        # caches that the example run filled, without gradients, are emptied by train()
-        block.train().eval()
-        shape = site.stream.meta["shape"]
+        block, shape = work.get_submodule(site.name), site.stream.meta["shape"]
         example = BlockExample(site.name, block, observed.calls[site.name], site.layout, shape)
         prefix = f"{site.name}."
         idle = {name.removeprefix(prefix) for name in observed.idle if name.startswith(prefix)}
-        types[site.name] = floating_type(_named(model, work, site.name))
         try:
+            # caches that the example run filled, without gradients, are emptied by train()
+            block.train().eval()
+            types[site.name] = floating_type(_named(model, work, site.name))
             plan = convert_block(example, frozenset(idle), types[site.name], config, before)
         except (MemoryError, torch.OutOfMemoryError):
             raise

@@ -61,14 +61,12 @@ def with_forms(
     known = None if plan.code_key is None else cache.forms.get(plan.code_key)
     same = _same_flags(example, plan, spec, names) if known is None else known.same_flags
     plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, alike=same))
-    if not names or (known is not None and not known.masks):
-        return plan
-    held = None if known is None else known.masks
-    forms = MaskForms(example, plan, config, cache, spec, held)
-    formed = forms.run(names)
+    forms = MaskForms(example, plan, config, cache, spec, None if known is None else known.masks)
+    if names and (known is None or known.masks):
+        plan = forms.run(names)
     if plan.code_key is not None:
-        cache.forms[plan.code_key] = KnownForms(same, frozenset(forms.held))
-    return formed
+        cache.forms.setdefault(plan.code_key, KnownForms(same, frozenset(forms.held)))
+    return plan
 
 
 def _mask_names(spec: CallSpec) -> list[str]:
@@ -102,12 +100,11 @@ def _same_flags(
         return given
 
     paths = [path for path in paths if _equal(gives(flipped(small, [path])), wanted)]
-    modes = (False,) if plan.train_code.is_same(plan.eval_code) else (False, True)
-    before = [_code(example, training) for training in modes] if paths else []
+    before = [_code(example, training) for training in (False, True)] if paths else []
 
     def traced_alike(chosen: list[Path]) -> bool:
         other = flipped(example, chosen)
-        return None not in before and before == [_code(other, mode) for mode in modes]
+        return None not in before and before == [_code(other, mode) for mode in (False, True)]
 
     if paths and traced_alike(paths):
         return frozenset(paths)

@@ -19,6 +19,7 @@ from dgefx.config import DGEConfig
 from dgefx.kernels.layout import has_parts
 from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import CallSpec, MaskInput
+from dgefx.nn.guards import Guards
 from dgefx.passes.errors import Refused
 from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.plan.compare import randomised
@@ -275,8 +276,8 @@ class MaskForms:
         unlike = unlike or made.fixed_slots != own.fixed_slots
         if unlike or not made.stencils <= own.stencils:
             raise Refused("another form of its call needs another router", "forward signature")
-        # questions about sizes were answered on another grid
-        first, second = (dataclasses.replace(held, questions=None) for held in made.guards)
+        pairs = zip(made.guards, own.guards, strict=True)
+        first, second = (_with_answers(held, known) for held, known in pairs)
         return dataclasses.replace(made, guards=(first, second), stencils=own.stencils)
 
     def _require_elsewhere(
@@ -312,6 +313,20 @@ class MaskForms:
         )
         self.forms.append(CallForm(spec, codes[0], codes[1], plan.guards))
         self.needs_grid_shape = self.needs_grid_shape or plan.needs_grid_shape
+
+
+def _with_answers(guards: Guards, known: Guards) -> Guards:
+    """Guards with what questions about sizes were answered on all grids that were tried, not only
+    on the one that a form was planned on.
+
+    Raises:
+        Refused: these are other questions.
+    """
+    if guards.questions is None:
+        return guards
+    if known.questions is None or guards.questions.source != known.questions.source:
+        raise Refused("another form of its call decides by other sizes", "forward signature")
+    return dataclasses.replace(guards, questions=known.questions, answers=known.answers)
 
 
 def _size(shape: _MaskShape, example: BlockExample) -> tuple[int, ...]:

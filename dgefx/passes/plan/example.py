@@ -113,6 +113,14 @@ class BlockExample:
         other = dataclasses.replace(self, call=pytree.tree_map(pick, self.call))
         return other.with_stream(stream.index_select(axis, chosen.to(stream.device)))
 
+    def with_numbers(self, before: int, after: int) -> list[BlockExample]:
+        """The call with all numbers of one value changed to another, if there are any."""
+        leaves, spec = pytree.tree_flatten(self.call)
+        changed = [after if type(leaf) is int and leaf == before else leaf for leaf in leaves]
+        if all(one is other for one, other in zip(leaves, changed, strict=True)):
+            return []
+        return [dataclasses.replace(self, call=pytree.tree_unflatten(changed, spec))]
+
     def in_type(self, dtype: torch.dtype) -> BlockExample:
         """The call with floating point tensors of this type; those that ask for a gradient keep
         theirs, and are handed on as what was computed from them."""

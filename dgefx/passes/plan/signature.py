@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,6 +33,9 @@ _SCALES = named(Op.SCALES)
 #: what of a tensor's elements does not add to the others, and of how many it has to be so that one
 #: cannot tell from a block what another one mixes
 _NEGLIGIBLE, _SPARSE = 1e-6, 1e-2
+#: how a class may say what it holds; packages of which no class hides anything
+_OWN_RULES = frozenset({"__reduce__", "__reduce_ex__", "__getstate__"})
+_KNOWN = sys.stdlib_module_names | {"torch", "numpy", "dgefx"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -54,12 +58,14 @@ class _Signer(pickle.Pickler):
     elements unless these may be any.
 
     Args:
-        free: tensors of which any elements would do, as of parameters.
+        free: tensors of which any elements would do, as of parameters. idle: modules whose numbers
+            only scale.
     """
 
-    def __init__(self, file: io.BytesIO, free: Iterable[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, free: Iterable[Tensor], idle: Iterable[nn.Module]) -> None:
         super().__init__(file, protocol=5)
         self.free = {id(tensor) for tensor in free}
+        self.idle = set(idle)
         self.numbers: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> Any:
@@ -84,11 +90,21 @@ class _Signer(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         """What stands for a module: its class and what it holds."""
         if not isinstance(value, nn.Module):
+            if _says_what_it_holds(type(value)):
+                raise _NotComparable
             return NotImplemented
         if any(getattr(value, hooks) for hooks in _HOOKS):
             raise _NotComparable
         held = {name: part for name, part in vars(value).items() if name != "training"}
+        if value in self.idle:
+            held = {name: _sign(part) for name, part in held.items()}
         return object.__new__, (type(value),), held
+
+
+def _says_what_it_holds(kind: type) -> bool:
+    """Whether a class pickles by a rule of its own, which may leave something out."""
+    users = (base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _KNOWN)
+    return any(not _OWN_RULES.isdisjoint(vars(base)) for base in users)
 
 
 def _digest(value: Tensor) -> bytes:
@@ -107,11 +123,13 @@ def _sparsity(value: Tensor) -> bytes:
     return _digest(there)
 
 
-def _signed(make: Callable[[], Any], free: Iterable[Tensor] = ()) -> bytes | None:
+def _signed(
+    make: Callable[[], Any], free: Iterable[Tensor] = (), idle: Iterable[nn.Module] = ()
+) -> bytes | None:
     """The signature of what is made, None if it cannot be compared: attributes are user code."""
     file = io.BytesIO()
     try:
-        _Signer(file, free).dump(make())
+        _Signer(file, free, idle).dump(make())
     except Exception:
         return None
     return file.getvalue()
@@ -207,8 +225,9 @@ def plan_signature(
     spec: CallSpec,
     idle: frozenset[str],
 ) -> bytes | None:
-    """Equal for blocks that run the same code at any size, but for numbers that only scale; None
-    if that cannot be told.
+    """Equal for blocks that do the same in any call, but for the values of their parameters and
+    numbers that only scale; None if that cannot be told. What the example call does not read (a
+    branch that larger images take) counts too.
 
     Args:
         traces: their signatures. guards: what their code holds for. idle: parts of the block that
@@ -226,4 +245,8 @@ def plan_signature(
         rest = dataclasses.replace(guards, settings=(), questions=None, answers=frozenset())
         return settings, guards.questions and guards.questions.source, rest
 
-    return _signed(lambda: (signatures, [*map(held, guards)], _called_as(spec)))
+    return _signed(
+        lambda: (signatures, [*map(held, guards)], _called_as(spec), block),
+        _statistics(block),
+        map(block.get_submodule, idle),
+    )
