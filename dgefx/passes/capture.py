@@ -1,4 +1,4 @@
-"""Pass 1, capture: the whole model as one flat graph of torch calls, for looking only.
+"""Capture: the whole model as one flat graph of torch calls, for looking only.
 
 The model runs once, eagerly, under a `TorchFunctionMode` that writes every torch call into an
 `fx.Graph` together with the modules it was made in. Whatever runs can be captured: Python control

@@ -1,4 +1,4 @@
-"""Pass 5b, the new graph while it is written: its nodes for every value of the old one.
+"""Emit, the new graph while it is written: its nodes for every value of the old one.
 
 A value may be there on all tokens (the context side), on packed queries, and on queries in fixed
 slots of their windows. Used by everything in `passes.emit`; `passes.emit.emitter` walks over the

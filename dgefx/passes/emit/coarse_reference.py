@@ -1,4 +1,4 @@
-"""Pass 6a, coarse reference: what a block must yield at mixed granularities, on all tokens.
+"""Verify, coarse reference: what a block must yield at mixed granularities, on all tokens.
 
 The traced dense block runs node by node at its own size, with none of the generated code and no
 kernel: a value of the query side has an entry per token, equal within a patch. It is averaged over

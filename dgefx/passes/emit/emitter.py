@@ -1,4 +1,4 @@
-"""Pass 5b, emit: the new graph, written in one walk over the old one.
+"""Emit: the new graph, written in one walk over the old one.
 
 Route and pool the stream, run the context side on all tokens and the query side on the queries,
 un-pool the update. What differs between the two budgets is a strategy

@@ -1,4 +1,4 @@
-"""Pass 5b, full resolution: operations that mix tokens, in the query side.
+"""Emit, full resolution: operations that mix tokens, in the query side.
 
 A plain depthwise convolution is a stencil on the mixed grid (`dgefx.kernels.stencil`). Any other
 runs on all tokens, between un-pooling and pooling (`dgefx.kernels.full_resolution`).

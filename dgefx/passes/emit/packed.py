@@ -1,4 +1,4 @@
-"""Pass 5b, the average budget: images differ in their number of queries, which are packed.
+"""Emit, the average budget: images differ in their number of queries, which are packed.
 
 The queries of a batch stand as one image with T queries (`dgefx.kernels.ragged`). Tokenwise work
 does not notice. What does: prefix tokens, which are in front of every image, values with one entry

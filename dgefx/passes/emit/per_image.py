@@ -1,4 +1,4 @@
-"""Pass 5b, the per-image budget: every image has the same number of queries, on an axis of its own.
+"""Emit, the per-image budget: every image has the same number of queries, on an axis of its own.
 
 Nothing is emitted otherwise than it was written. `passes.emit.packed` is this for the average
 budget.

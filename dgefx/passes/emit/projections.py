@@ -1,4 +1,4 @@
-"""Pass 5b, projections: of a fused linear layer, each side computes the rows that it reads."""
+"""Emit, projections: of a fused linear layer, each side computes the rows that it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 4 and 5: a block's graph rewritten for mixed-granularity queries.
+"""Sides and emit: a block's graph rewritten for mixed-granularity queries.
 
 Finds out about the block (`passes.sides.facts`), refuses what cannot be written, and has the new
 graph written (`passes.emit.emitter`). Next: `passes.plan.verify`.

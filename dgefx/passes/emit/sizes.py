@@ -1,4 +1,4 @@
-"""Pass 5b, sizes: what stands for them in the new graph.
+"""Emit, sizes: what stands for them in the new graph.
 
 A size is that of the dense grid, whatever reads it: a number of images or tokens of the running
 call, read off a tensor of the context where one has it, else the number of the example. Only where

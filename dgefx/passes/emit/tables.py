@@ -1,4 +1,4 @@
-"""Pass 5b, tables: what has an entry per token and does not come from the stream, read per query.
+"""Emit, tables: what has an entry per token and does not come from the stream, read per query.
 
 A query reads the mean over its patch, through `gather_constant` or, in slots of windows, the rows
 of `dgefx.kernels.window`.

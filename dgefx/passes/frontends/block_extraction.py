@@ -1,4 +1,4 @@
-"""Pass 0, outline: the blocks of `fx.GraphModule`s become modules, so that later passes find them.
+"""Frontends, block extraction: blocks of `fx.GraphModule`s become modules, which later passes find.
 
 A flat graph has no block modules that are called. Every region that `passes.frontends.graph_blocks`
 finds is cut out into an `OutlinedBlock`, which takes the place of the container that its parameters

@@ -1,4 +1,4 @@
-"""Pass 2, locate: attention cores that ride on a residual stream, and the modules that own them.
+"""Locate: attention cores that ride on a residual stream, and the modules that own them.
 
 A core converts when its keys, values and queries all come from one stream x, when the path from the
 core to the output must pass an add whose other operand is x, maybe scaled (`residual`), and when

@@ -1,4 +1,4 @@
-"""Pass 4, together: all that is known about a traced block before its new graph is written.
+"""Sides, together: all that is known about a traced block before its new graph is written.
 
 `find_facts` runs the analyses of `passes.sides` one after the other. What comes out is the only
 input of `passes.emit`.

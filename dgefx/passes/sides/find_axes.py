@@ -1,4 +1,4 @@
-"""Pass 4b, token axes: where every value of the query side holds tokens, and who mixes them.
+"""Sides, token axes: where every value of the query side holds tokens, and who mixes them.
 
 An oracle by perturbation, not a list of layers: the block runs again with one token changed in
 one image, keys and values held fixed. A value that changes only where that token lies has its

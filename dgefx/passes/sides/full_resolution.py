@@ -1,4 +1,4 @@
-"""Pass 4b, full resolution: where the query path needs the real grid, and where it comes back.
+"""Sides, full resolution: where the query path needs the real grid, and where it comes back.
 
 A node that mixes tokens runs on un-pooled values. If its result is on the tokens' grid it is pooled
 again at once; if not (another grid on the way, values whose features depend on the place of their

@@ -1,4 +1,4 @@
-"""Pass 4g, projections: fused linear layers that both sides want, and who needs which rows.
+"""Sides, projections: fused linear layers that both sides want, and who needs which rows.
 
 A linear layer computed in both sides (fused qkv) is followed, on feature numbers, through pure
 data movement to the values that the attention reads. Each side then computes only the rows that

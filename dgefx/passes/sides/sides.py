@@ -1,4 +1,4 @@
-"""Pass 4a, sides: which nodes of a block run on queries, and which on the dense context.
+"""Sides: which nodes of a block run on queries, and which on the dense context.
 
 A block's graph is evaluated in two sides. Everything its output needs runs in the query side,
 until an edge into an attention core's keys or values crosses into the context side, where the

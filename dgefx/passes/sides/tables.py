@@ -1,4 +1,4 @@
-"""Pass 4e, tables: tensors that do not come from the stream but have an entry per token.
+"""Sides, tables: tensors that do not come from the stream but have an entry per token.
 
 Position biases and masks meet the queries by broadcasting or in an einsum. What is found here is
 which axes of a table are those of tokens, and at which slots of a window a mask changes, so that no

@@ -1,4 +1,4 @@
-"""Pass 4c, window axes: values that hold windows, and the movement between image and windows.
+"""Sides, window axes: values that hold windows, and the movement between image and windows.
 
 Data movement is run on token numbers, so that a value on its way is told from one that has
 arrived, and the partition that it arrives at is read off (`passes.sides.window_partition`). Used by

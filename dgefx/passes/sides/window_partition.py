@@ -1,4 +1,4 @@
-"""Pass 4d, windows: what partition a block's data movement makes, read off token numbers.
+"""Sides, windows: what partition a block's data movement makes, read off token numbers.
 
 Roll, pad and partition move tokens without changing them. Run on token numbers they say which
 token sits in which slot of which window; from that follows the `WindowRule` that the converted

@@ -1,4 +1,4 @@
-"""Pass 4f, slots: which values of the query side stand in fixed slots of their windows.
+"""Sides, slots: which values of the query side stand in fixed slots of their windows.
 
 Tokenwise work is done on the packed queries of an image; attention inside windows, and whatever
 meets a table with an entry per slot of a window, on fixed slots. Used by `passes.sides.facts`.

@@ -1,4 +1,4 @@
-"""Pass 3, trace: one block module as its own symbolic graph, in eval or in train mode.
+"""Trace: one block module as its own symbolic graph, in eval or in train mode.
 
 `self.training` is decided while tracing, so a block is traced once in each. Where plain tracing
 fails, custom modules and wrapped functions stay calls, or the types of values become constants.

@@ -1,4 +1,4 @@
-"""Pass 4d, hold: under which conditions the graph of a trace is what the block does.
+"""Trace, guards: under which conditions the graph of a trace is what the block does.
 
 Turns what a trace read and decided into the `Guards` that a converted block asks in every call.
 Called by `passes.plan.plan`.
