@@ -457,7 +457,8 @@ def test_compiles_to_one_graph(backend: str, kind: str) -> None:
     }
     config = DGEConfig(budget="average", **options[kind])
     x = images(3, 48)
-    model = dgefx.convert(lively(TinyViT(prefix=1)), 0.7, example_inputs=x, config=config).eval()
+    dense = lively(TinyViT(depth=1, prefix=1))
+    model = dgefx.convert(dense, 0.7, example_inputs=x, config=config).eval()
     for block in blocks(model).values():
         if block.dge_router.gate is not None:
             nn.init.normal_(block.dge_router.gate.weight)
@@ -473,7 +474,9 @@ def test_compiles_to_one_graph(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiled_pvt_equals_eager(backend: str) -> None:
     torch._dynamo.reset()
-    dense, x = build("pvt")
+    sizes = {"depths": (1, 1), "embed_dims": (32, 64), "num_heads": (1, 2)}
+    dense = timm.create_model("pvt_v2_b0", mlp_ratios=(8, 8), sr_ratios=(8, 4), **sizes)
+    x = images(3, 96)
     model = dgefx.convert(lively(dense), 0.7, example_inputs=x, config=AVERAGE).eval()
     with torch.no_grad():
         assert error(torch.compile(model, fullgraph=True, backend=backend)(x), model(x)) <= 1e-5
@@ -539,7 +542,8 @@ def test_one_recompile_for_other_batch_sizes(router: str) -> None:
     torch._dynamo.reset()
     config = DGEConfig(budget="average", router=router)
     x = images(2, 56)
-    model = dgefx.convert(lively(TinyViT(prefix=1)), 0.7, example_inputs=x, config=config).eval()
+    dense = lively(TinyViT(depth=1, prefix=1))
+    model = dgefx.convert(dense, 0.7, example_inputs=x, config=config).eval()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for count in (2, 4, 7, 3):

@@ -373,7 +373,7 @@ def test_compiled_in_one_graph(backend: str, kind: str) -> None:
 
 def test_one_recompile_for_a_new_batch_size() -> None:
     torch._dynamo.reset()
-    dense, side = tiny("own")
+    dense, side = TinySwin(WindowBlock(shift=(2, 2), core="sdpa")), 32
     model = dgefx.convert(randomise(dense), 0.7, example_inputs=images(2, side)).eval()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
