@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from dgefx.nn.router import Router
 from dgefx.record import conversion_record
 from dgefx.training.gates import set_gates
 from tests.helpers import COMPILERS, TinyViT, error, images, macs, randomise
+from tests.training.ranks import RANKS, start_on_ranks
 
 OPEN = DGEConfig(router="linear", budget="average", capacity=None)
 
@@ -298,14 +298,14 @@ def test_a_compiled_training_step_has_the_same_gradients(
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counter
 
 
-def _distributed(rank: int, folder: str, ranks: int) -> None:
+def _distributed(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     model, x, _ = converted()
     lively_gates(model)
     wrapped = DistributedDataParallel(model)
-    share = x.chunk(ranks)[rank]
+    share = x.chunk(RANKS)[rank]
     loss = wrapped(share).square().mean() + 3.0 * dgefx.budget_loss(wrapped)
     loss.backward()
     found = {"budget": dgefx.budget_loss(wrapped).detach(), "grads": gate_gradients(model)}
@@ -319,8 +319,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     loss = model(x).square().mean() + 3.0 * dgefx.budget_loss(model)
     budget = dgefx.budget_loss(model).detach()
     loss.backward()
-    mp.spawn(_distributed, args=(str(tmp_path), 2), nprocs=2)
-    for rank in range(2):
+    start_on_ranks(_distributed, str(tmp_path))
+    for rank in range(RANKS):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert float(found["budget"]) == pytest.approx(float(budget), rel=1e-5)
         assert error(found["grads"], gate_gradients(model)) < 1e-5

@@ -18,7 +18,8 @@ timm = pytest.importorskip("timm")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = [
-    *("--model", "test_vit", "--img-size", "64", "--batch-size", "8", "--limit-batches", "2"),
+    *("--model", "test_vit", "--model-kwargs", "depth=2", "--img-size", "64"),
+    *("--gamma", "0.7", "--batch-size", "8", "--limit-batches", "2"),
     *("--dense-epochs", "1", "--epochs", "2", "--calibration-images", "8", "--device", "cpu"),
 ]
 
@@ -70,7 +71,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     for name in ("log.csv", "epochs.csv", "model/model.safetensors"):
         assert (parts / name).read_bytes() == (straight / name).read_bytes()
     assert (parts / "granularity.png").is_file()
-    dense = timm.create_model("test_vit", img_size=64, num_classes=10)
+    dense = timm.create_model("test_vit", depth=2, img_size=64, num_classes=10)
     loaded = dgefx.load(parts / "model", dense).eval()
     assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
@@ -79,7 +80,7 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     once = [*SMALL, "--epochs", "1", "--limit-batches", "1"]
     table = finished(EXAMPLES / "finetune_pvt.py", *once, "--out", "run", cwd=tmp_path)
     assert "converted + fine-tuned" in table
-    dense = timm.create_model("test_vit", img_size=64, num_classes=10)
+    dense = timm.create_model("test_vit", depth=2, img_size=64, num_classes=10)
     loaded = dgefx.load(tmp_path / "run" / "model", dense).eval()
     assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 

@@ -348,7 +348,7 @@ def tiny(kind: str) -> tuple[nn.Module, int]:
         shifted = WindowBlock(shift=(2, 2), core="sdpa")
         return TinySwin(WindowBlock(), shifted), 32
     if kind == "timm":
-        options = {"embed_dim": 16, "num_heads": (1, 2), "depths": (2, 1)}
+        options = {"embed_dim": 16, "num_heads": (1,), "depths": (2,)}
         name = "swin_tiny_patch4_window7_224"
         return timm.create_model(name, img_size=56, num_classes=5, **options), 56
     return tiny_hugging_face(1), 112

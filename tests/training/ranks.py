@@ -1,8 +1,12 @@
-"""Two processes on the CPU, for tests of what is distributed."""
+"""Two processes on the CPU, for tests of what is distributed.
+
+They are forked from a server that has imported what takes seconds; it serves all tests of a process.
+"""
 
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,18 @@ Work = Callable[[int, Path], Any]
 RANKS = 2
 
 
+def start_on_ranks(function: Callable[..., None], *args: Any) -> None:
+    """Run `function(rank, *args)` to its end; it must be importable. Failures of a rank raise here."""
+    multiprocessing.set_forkserver_preload(["dgefx.training", "torch.testing", "torchvision"])
+    mp.start_processes(function, args, nprocs=RANKS, start_method="forkserver")
+
+
 def run_on_ranks(work: Work, folder: Path) -> list[Any]:
     """What `work(rank, folder)` returns, by rank; `work` must be importable.
 
     Rank 0 may use `folder` for files of its own; failures of a rank raise here.
     """
-    mp.spawn(_run, (work, str(folder)), nprocs=RANKS)
+    start_on_ranks(_run, work, str(folder))
     return [torch.load(folder / f"result{rank}.pt") for rank in range(RANKS)]
 
 
