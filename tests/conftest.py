@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -15,3 +16,10 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    """Code that an earlier test compiled would be compiled anew for dynamic shapes and other
+    modules, up to four times slower, and would count against this test's limit of recompiles."""
+    torch._dynamo.reset()

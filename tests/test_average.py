@@ -449,7 +449,6 @@ def test_gates_are_trained(capacity: str | None) -> None:
 )
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiles_to_one_graph(backend: str, kind: str) -> None:
-    torch._dynamo.reset()
     options = {
         "detail": {},
         "linear": {"router": "linear"},
@@ -473,7 +472,6 @@ def test_compiles_to_one_graph(backend: str, kind: str) -> None:
 
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiled_pvt_equals_eager(backend: str) -> None:
-    torch._dynamo.reset()
     sizes = {"depths": (1, 1), "embed_dims": (32, 64), "num_heads": (1, 2)}
     dense = timm.create_model("pvt_v2_b0", mlp_ratios=(8, 8), sr_ratios=(8, 4), **sizes)
     x = images(3, 96)
@@ -539,7 +537,6 @@ def test_manual_attention_is_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize("router", ["detail", "linear"])
 def test_one_recompile_for_other_batch_sizes(router: str) -> None:
-    torch._dynamo.reset()
     config = DGEConfig(budget="average", router=router)
     x = images(2, 56)
     dense = lively(TinyViT(depth=1, prefix=1))

@@ -278,7 +278,6 @@ def test_patch_constant_input_is_still_exact(calibrated: nn.Module) -> None:
 
 
 def test_compiled_model_recompiles_once_per_budget(calibrated: nn.Module) -> None:
-    torch._dynamo.reset()
     model = copy.deepcopy(calibrated).eval()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -786,7 +785,6 @@ def test_wrapped_blocks_are_found_or_refused(calibrated: nn.Module, tmp_path: Pa
 
 
 def test_compiled_in_place_calibrates_like_eager(calibrated: nn.Module, tmp_path: Path) -> None:
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     model = build(prefix=1)
     model.compile(fullgraph=True, backend=counter)

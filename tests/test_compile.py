@@ -12,11 +12,6 @@ import dgefx
 from tests.helpers import TinyViT, error, images, randomise
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 def _model(name: str) -> tuple[nn.Module, int]:
     if name == "tiny":
         return TinyViT(dim=32, prefix=1), 56

@@ -65,7 +65,6 @@ PARTS = {
 @torch.no_grad()
 @pytest.mark.parametrize("part", PARTS)
 def test_compiled_in_part(part: str) -> None:
-    torch._dynamo.reset()
     model = in_part(part)
     plain = copy.deepcopy(model)
     with torch.compiler.set_stance("force_eager"):

@@ -400,11 +400,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "timm:test_vit" in capsys.readouterr().out
 
 
-def test_core_imports_no_model_library() -> None:
+def test_core_imports_no_model_library_and_no_kernel() -> None:
     import subprocess
 
     code = (
-        "import sys, dgefx; assert not [m for m in ('timm', 'torchvision', 'transformers', "
+        "import sys, dgefx, dgefx.kernels.attend; "
+        "assert 'dgefx.kernels.gpu.attend_forward' not in sys.modules; "
+        "assert not [m for m in ('timm', 'torchvision', 'transformers', "
         "'dgefx.coverage') if m in sys.modules]; import dgefx.coverage.__main__; "
         "assert not [m for m in ('timm', 'transformers') if m in sys.modules]"
     )

@@ -164,7 +164,6 @@ def test_gamma_holds_by_torchs_counter(budget: str) -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiled_whole_it_equals_eager(backend: str, budget: str) -> None:
-    torch._dynamo.reset()
     _, model = pair(0.7, budget)
     x = images(2, 48, seed=3)
     with torch.no_grad():

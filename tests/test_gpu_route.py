@@ -135,7 +135,6 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.usefixtures("packing")
 def test_operators_compile_to_one_graph(backend: str, name: str, config: str) -> None:
-    torch._dynamo.reset()
     model, x = convert(name, CONFIGS[config])
     with torch.no_grad():
         found = torch.compile(model, fullgraph=True, backend=backend)(x)

@@ -328,7 +328,6 @@ COARSE = ["prefix", "windows on the fast axis"]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COARSE)
 def test_compiled_in_one_graph(name: str) -> None:
-    torch._dynamo.reset()
     model = dgefx.convert(made(name), 0.7, example_inputs=images(2, PHOTO)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -77,17 +76,28 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
-def test_every_operator_is_its_kernels_and_they_write_their_results_alone() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What `PROGRAM` prints (one line), then what `COPIES` prints, of one process."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM + COPIES, str(tmp_path_factory.mktemp("copies"))],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def test_every_operator_is_its_kernels_and_they_write_their_results_alone(
+    printed: list[str],
+) -> None:
     rows = ["pool", "collect", "spread", "unpool_add", "unpool_add_no_gate"]
     wanted = {name: [["out"]] for name in rows}
     wanted["allocate"] = [["patch", "patch_slot"], ["token_slot"]]
-    assert json.loads(done.stdout) == wanted
+    assert json.loads(printed[0]) == wanted
 
 
 COPIES = """
@@ -113,15 +123,8 @@ for found in pkgutil.iter_modules(dgefx.kernels.gpu.__path__):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
-def test_kernels_stand_alone_in_the_module_that_inductor_copies_them_to(tmp_path: Path) -> None:
+def test_kernels_stand_alone_in_the_module_that_inductor_copies_them_to(
+    printed: list[str],
+) -> None:
     """It evaluates their annotations too, without the imports of ours."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COPIES, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert {"stencil_kernel", "coefficients_kernel", "collect_kernel"} <= {*done.stdout.split()}
+    assert {"stencil_kernel", "coefficients_kernel", "collect_kernel"} <= {*printed[1:]}

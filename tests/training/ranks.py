@@ -1,6 +1,6 @@
 """Two processes on the CPU, for tests of what is distributed.
 
-They are forked from a server that has imported what takes seconds; it serves all tests of a process.
+They are forked from a server that has imported what takes seconds, for all tests of a process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RANKS = 2
 
 
 def start_on_ranks(function: Callable[..., None], *args: Any) -> None:
-    """Run `function(rank, *args)` to its end; it must be importable. Failures of a rank raise here."""
+    """Run `function(rank, *args)`, which must be importable; failures of a rank raise here."""
     multiprocessing.set_forkserver_preload(["dgefx.training", "torch.testing", "torchvision"])
     mp.start_processes(function, args, nprocs=RANKS, start_method="forkserver")
 
