@@ -101,17 +101,19 @@ class BlockExample:
         Args:
             chosen: (images,) int64.
         """
-        axis, stream = self.layout.axis("B"), self.stream
+        axis = self.layout.axis("B")
         images = self.shape[axis]
 
-        def pick(value: Any) -> Any:
-            held = isinstance(value, Tensor) and value is not stream and value.dim()
-            if not held or value.shape[0] != images:
+        def pick(value: Any, axis: int = 0) -> Any:
+            if not isinstance(value, Tensor) or not value.dim() or value.shape[axis] != images:
                 return value
-            return value.index_select(0, chosen.to(value.device))
+            return value.index_select(axis, chosen.to(value.device))
 
-        other = dataclasses.replace(self, call=pytree.tree_map(pick, self.call))
-        return other.with_stream(stream.index_select(axis, chosen.to(stream.device)))
+        leaves, spec = pytree.tree_flatten(self.call)
+        made, index = list(map(pick, leaves)), self._leaf(leaves)
+        stream = made[index] = pick(leaves[index], axis)
+        call: Call = pytree.tree_unflatten(made, spec)
+        return dataclasses.replace(self, call=call, shape=tuple(stream.shape))
 
     def with_numbers(self, before: int, after: int) -> list[BlockExample]:
         """The call with all numbers of one value changed to another, if there are any."""
