@@ -198,3 +198,46 @@ def test_strides_of_queries_are_not_those_of_the_example() -> None:
         Model(Block(Attention(mix))), example_inputs=torch.randn(EXAMPLE)
     ).blocks
     assert "reads a number off what is not computed" in block.reason
+
+
+class CroppingAttention(nn.Module):
+    """As in LowFormer: what is made larger than the grid may be is cut to it by the sizes of its
+    input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Conv2d(DIM, 3 * DIM, 1), nn.Conv2d(DIM, DIM, 1)
+        self.local = nn.ConvTranspose2d(DIM, DIM, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        b, _, h, w = (qkv := self.qkv(x)).shape
+        q, k, v = qkv.reshape(b, HEADS, -1, h * w).transpose(2, 3).chunk(3, -1)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, -1, h, w)
+        return self.local(self.proj(mixed))[..., :height, :width]
+
+
+class PlaneBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.GroupNorm(1, DIM), CroppingAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+class PlaneModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.block = nn.Conv2d(3, DIM, 4, 4), PlaneBlock()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.block(self.patches(image)).mean((2, 3))
+
+
+def test_a_crop_to_the_grid_is_none_for_queries() -> None:
+    model = PlaneModel().eval()
+    converted = dgefx.convert(model, 1.0, example_inputs=torch.randn(EXAMPLE)).eval()
+    for shape in CALLS:
+        x = torch.randn(shape)
+        assert error(converted(x), model(x)) < 1e-5, shape

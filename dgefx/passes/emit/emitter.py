@@ -11,6 +11,7 @@ per slot of a window, they take fixed slots in their windows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -253,10 +254,12 @@ class _Emitter:
         if self.facts.name(node) not in ("roll", "pad", "getitem", "narrow"):
             return False
         before, after = values.get(source), values.get(node)
-        axes = self.facts.token_axes
         if not isinstance(before, Tensor) or not isinstance(after, Tensor):
             return False
-        return axes.get(source) == axes.get(node) and torch.equal(before, after)
+        held, kept = (self.facts.token_axes.get(n) for n in (source, node))
+        if held is None or kept is None or dataclasses.replace(held, mixes=kept.mixes) != kept:
+            return False
+        return torch.equal(before, after)
 
     def _origin(self, node: fx.Node, held: TokenAxes) -> fx.Node | None:
         """Where the tokens of a value come from that were on their way until this node."""
