@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dgefx.config import DGEConfig
 from dgefx.nn.callspec import CallSpec, Path
 from dgefx.passes.errors import TraceError
-from dgefx.passes.plan.call_masks import HeldForms, MaskForms, smallest_call
+from dgefx.passes.plan.call_masks import HeldForm, MaskForms, smallest_call
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan
@@ -33,7 +33,7 @@ class KnownForms:
     which forms of masks."""
 
     same_flags: frozenset[Path]
-    masks: HeldForms
+    masks: frozenset[HeldForm]
 
 
 def with_forms(
@@ -65,7 +65,7 @@ def with_forms(
     if names and (known is None or known.masks):
         plan = forms.run(names)
     if plan.code_key is not None:
-        cache.forms.setdefault(plan.code_key, KnownForms(same, forms.held))
+        cache.forms.setdefault(plan.code_key, KnownForms(same, frozenset(forms.held)))
     return plan
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import networkx as nx
 import torch
 from torch import Tensor
 
@@ -20,20 +21,23 @@ from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import CallSpec, MaskInput
 from dgefx.nn.guards import Guards
 from dgefx.passes.errors import Refused
+from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.plan.compare import randomised
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan, plan_block
 from dgefx.passes.plan.sizes import agrees, other_grids
 from dgefx.passes.plan.verify import verify_block
+from dgefx.passes.sides.sides import block_flow
+from dgefx.passes.trace.block_trace import Trace, trace
 from dgefx.passes.trace.copies import shadow
 
 #: elements of a mask that is tried out
 _LARGEST = 2**25
+#: what tells the type of a tensor
+_READS_DTYPE = named(Op.READS_TYPE)
 #: the argument, the place of its shape in `_SHAPES` (None: left out), the grid it is planned on
-FormKey = tuple[str, int | None, tuple[int, int]]
-#: the forms of a block, with the masks that they take (None: none)
-HeldForms = dict[FormKey, MaskInput | None]
+HeldForm = tuple[str, int | None, tuple[int, int]]
 #: the dense block's result for a call, None where it fails or is not finite
 Gives = Callable[[BlockExample], Tensor | None]
 
@@ -120,11 +124,11 @@ class MaskForms:
         config: DGEConfig,
         cache: GraphCache,
         spec: CallSpec,
-        known: HeldForms | None = None,
+        known: frozenset[HeldForm] | None = None,
     ) -> None:
         self.example, self.plan, self.spec = example, plan, spec
         self.config, self.cache, self.known = config, cache, known
-        self.held: HeldForms = {}
+        self.held: list[HeldForm] = []
         #: grids to plan on, the next one where a form does not hold
         self.grids = [plan.layout.grid]
         self.forms: list[CallForm] = []
@@ -227,16 +231,15 @@ class MaskForms:
                 continue
             try:
                 example = self._call(name, mask, shape, grid, True)
+                taken = self._as_traced(example, name, mask)
                 plan = self._planned(example)
                 if self.known is None:
                     verify_block(example, plan, self.config)
-                    taken = self._held_elsewhere(plan, name, mask, shape)
-                else:
-                    taken = self.known[form]
+                    self._require_elsewhere(plan, name, taken, shape)
             except Exception:  # without it, calls are told which forms there are
                 continue
             self._keep(plan, {**own, name: taken})
-            self.held[form] = taken
+            self.held.append(form)
             return True
         return False
 
@@ -255,6 +258,17 @@ class MaskForms:
             value = _random_mask(_size(shape, example), kind, example.stream)
         return self._with(example, name, value)
 
+    def _as_traced(
+        self, example: BlockExample, name: str, mask: MaskInput | None
+    ) -> MaskInput | None:
+        """The mask as a trace with a bool one takes it."""
+        if mask is None or len(mask.kinds) < 2:
+            return mask
+        spec = CallSpec.of(example.block, *example.call)
+        traced = trace(example.block, spec, False, grid=example.layout.grid)
+        asked = _reads_dtype(traced, name)
+        return dataclasses.replace(mask, kinds=frozenset({True})) if asked else mask
+
     def _planned(self, example: BlockExample) -> BlockPlan:
         """The block's plan for this form, on its grid."""
         own, made = self.plan, plan_block(example, self.config.packs, self.cache)
@@ -265,24 +279,6 @@ class MaskForms:
         pairs = zip(made.guards, own.guards, strict=True)
         first, second = (_with_answers(held, known) for held, known in pairs)
         return dataclasses.replace(made, guards=(first, second), stencils=own.stencils)
-
-    def _held_elsewhere(
-        self, plan: BlockPlan, name: str, mask: MaskInput | None, shape: _MaskShape | None
-    ) -> MaskInput | None:
-        """The mask in the types in which the form holds on another grid too: planned with a bool
-        one, it may do something else with numbers.
-
-        Raises:
-            Refused: it holds in none.
-        """
-        try:
-            self._require_elsewhere(plan, name, mask, shape)
-        except Refused:
-            if mask is None or len(mask.kinds) < 2:
-                raise
-            mask = dataclasses.replace(mask, kinds=frozenset({True}))
-            self._require_elsewhere(plan, name, mask, shape)
-        return mask
 
     def _require_elsewhere(
         self, plan: BlockPlan, name: str, mask: MaskInput | None, shape: _MaskShape | None
@@ -335,3 +331,20 @@ def _with_answers(guards: Guards, known: Guards) -> Guards:
 
 def _size(shape: _MaskShape, example: BlockExample) -> tuple[int, ...]:
     return shape.of(example.images, example.layout.tokens)
+
+
+def _reads_dtype(traced: Trace, name: str) -> bool:
+    """Whether a trace asked for the type of a bool mask, and may have decided something by it."""
+    nodes = traced.graph.nodes
+    start = next(n for n in nodes if n.op == "placeholder" and n.target == name)
+    reached = nx.descendants(block_flow(traced.graph), start)
+
+    def is_bool(value: object) -> bool:
+        return isinstance(value, Tensor) and value.dtype == torch.bool
+
+    for node in reached:
+        asked = node.args[1] if node.target is getattr else op_name(node, traced.root)
+        of = [n for n in node.all_input_nodes if n is start or n in reached]
+        if asked in _READS_DTYPE and any(is_bool(traced.values.get(n)) for n in of):
+            return True
+    return False
