@@ -23,6 +23,11 @@ class GraphCode:
         self.names = {name: value for name, value in code.globals.items() if f"{name}" in code.src}
         self._compile()
 
+    @property
+    def body(self) -> str:
+        """The source without what its arguments are."""
+        return self.source.partition("):\n")[2]
+
     def _compile(self) -> None:
         filename = f"<dgefx {self.label} {id(self)}>"
         linecache.cache[filename] = (len(self.source), None, self.source.splitlines(True), filename)

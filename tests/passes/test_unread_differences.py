@@ -119,6 +119,20 @@ def by_flag_in_training(block: Block, x: Tensor, given: Any) -> Tensor:
     return x * 2 if given is False and block.k and block.training else x
 
 
+def by_size_in_training(block: Block, x: Tensor, given: Any) -> Tensor:
+    return x * 2 if block.training and x.shape[1] > 32 else x
+
+
+def by_type_in_training(block: Block, x: Tensor, given: Any) -> Tensor:
+    floats = given is not None and given.dtype != torch.bool
+    return x * 2 if floats and block.training else x
+
+
+def below_a_limit(block: Block, x: Tensor, given: Any) -> Tensor:
+    assert x.shape[1] <= 4096
+    return x
+
+
 def by_mask(block: Block, x: Tensor, given: Any) -> Tensor:
     return x if given is None or not block.k else x * 2
 
@@ -165,10 +179,30 @@ def test_what_a_mask_reads() -> None:
         assert_never_wrong(with_change(by_mask, values), 2, attn_mask=random_mask)
 
 
+def test_what_training_asks_of_the_size() -> None:
+    assert_never_wrong(with_change(by_size_in_training, (0, 0)), 4)
+
+
+def test_what_a_mask_of_numbers_does_in_training() -> None:
+    assert_never_wrong(with_change(by_type_in_training, (0, 0)), 0, attn_mask=random_mask)
+
+
+def test_a_mask_beside_a_question_about_the_size() -> None:
+    assert_never_wrong(with_change(below_a_limit, (0, 0)), 6, attn_mask=random_mask)
+
+
+def test_numbers_of_images_in_training() -> None:
+    def by_images(block: Block, x: Tensor, given: Any) -> Tensor:
+        return x * float(x.shape[0]) if block.training else x
+
+    blocks = dgefx.explain(with_change(by_images, (0, 0)), example_inputs=images(2, 32)).blocks
+    assert all("it was traced for 2 images: for 1" in block.reason for block in blocks)
+
+
 def test_what_a_mask_asks_of_the_size() -> None:
     torch.manual_seed(0)
     model = Model([Block(0, mask_scale=2.0), Block(0, mask_scale=2.0)]).eval()
-    assert_never_wrong(model, least=0, attn_mask=random_mask)
+    assert_never_wrong(model, least=0, attn_mask=random_mask)  # refuses them all
     assert_never_wrong(model, least=6)
 
 

@@ -324,9 +324,9 @@ def _with_answers(guards: Guards, known: Guards) -> Guards:
     """
     if guards.questions is None:
         return guards
-    if known.questions is None or guards.questions.source != known.questions.source:
+    if known.questions is None or guards.questions.body != known.questions.body:
         raise Refused("another form of its call decides by other sizes", "forward signature")
-    return dataclasses.replace(guards, questions=known.questions, answers=known.answers)
+    return dataclasses.replace(guards, answers=known.answers)
 
 
 def _size(shape: _MaskShape, example: BlockExample) -> tuple[int, ...]:

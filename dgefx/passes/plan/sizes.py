@@ -22,6 +22,7 @@ from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.install import build_block
 from dgefx.passes.plan.plan import BlockPlan, HeldSizes
 from dgefx.passes.trace.copies import copy_block
+from dgefx.passes.trace.deterministic import Deterministic
 
 #: tokens of all images whose attention is quick, and its scores, written out, are small
 _MANY = 2048
@@ -33,6 +34,7 @@ def agrees(
     example: BlockExample,
     plan: BlockPlan,
     config: DGEConfig,
+    training: bool = False,
 ) -> bool | None:
     """Whether both blocks yield the same; None where the dense one does not take the grid.
 
@@ -41,16 +43,16 @@ def agrees(
             grid. plan: of the converted size.
     """
     # copies: a block may note down the size that it saw
-    reference = copy_block(dense, True).eval()
+    reference = copy_block(dense, True).train(training)
     example.tell_grid(reference, plan.layout.grid)
     other = copy_block(reference, True)
     try:
-        wanted = example.run(reference)
+        wanted = example.run(reference, Deterministic())
     except Exception:  # user code may raise anything
         return None
     try:
         shape = grid_shape(plan, example.layout.grid)
-        found = example.run(build_block(other, plan, config, shape))
+        found = example.run(build_block(other, plan, config, shape), Deterministic())
     except torch.OutOfMemoryError:
         return None
     except Exception:  # fails here, so it does not agree
@@ -80,12 +82,17 @@ class _Sizes:
 
     def hold(self, height: int, width: int) -> bool | None:
         """Whether the plan holds on a grid; None where the dense block does not take it."""
-        moved = self.example.at_grid((height, width))
-        same = agrees(self.dense, moved, self.plan.tried(False), self.config)
+        plan, moved = self.plan.tried(False), self.example.at_grid((height, width))
+        same = agrees(self.dense, moved, plan, self.config)
         if same:
             leaves = self.plan.spec.bind(*moved.call)
-            for guards, found in zip(self.plan.guards, self.answers, strict=True):
-                found.add(guards.answered(leaves))
+            for guards, found, training in zip(
+                self.plan.guards, self.answers, (False, True), strict=True
+            ):
+                # its branches in train mode were not taken here
+                apart = training and guards.questions is not None
+                if not apart or agrees(self.dense, moved, plan, self.config, training):
+                    found.add(guards.answered(leaves))
         return same
 
     def window_rule(self, rule: WindowRule, size: tuple[int, int]) -> WindowRule:

@@ -8,6 +8,8 @@ passes keep. After `passes.plan.verify_gradients`. Next: `passes.plan.sizes`.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -18,6 +20,7 @@ from dgefx.passes.plan.compare import converted_copy, is_close, randomised
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan
 from dgefx.passes.trace.copies import copy_block
+from dgefx.passes.trace.deterministic import Deterministic
 from dgefx.precision import in_type
 
 
@@ -71,11 +74,16 @@ def verify_images(example: BlockExample, plan: BlockPlan, config: DGEConfig) -> 
         Refused: the converted block keeps to the batch size of the example.
     """
     images = example.shape[plan.layout.axis("B")]
-    for count in (1, 3) if plan.numbers_images else (3,):
+    both_modes = plan.numbers_images and not plan.train_code.is_same(plan.eval_code)
+    cases = itertools.product(
+        (1, 3) if plan.numbers_images else (3,), (False, True) if both_modes else (False,)
+    )
+    for count, training in cases:
         given = example.of_images(torch.arange(count) % images)
         # numbers that the block is given may be of images, or something else
         calls = [given, *given.with_numbers(images, count)]
-        found = [_is_same(call, randomised(example.block), plan, config) for call in calls]
+        dense = randomised(example.block).train(training)
+        found = [_is_same(call, dense, plan, config) for call in calls]
         if True not in found and False in found:
             raise Refused(
                 f"it was traced for {images} images: for {count} it does something else",
@@ -88,12 +96,13 @@ def _is_same(
     given: BlockExample, dense: nn.Module, plan: BlockPlan, config: DGEConfig
 ) -> bool | None:
     """Whether both blocks yield the same; None where the dense one does not take the call."""
+    other = copy_block(dense, True)  # in train mode, running statistics change
     try:
-        wanted = given.run(dense)
+        wanted = given.run(dense, Deterministic())
     except Exception:  # user code may raise anything
         return None
     try:
-        found = given.run(converted_copy(copy_block(dense, True), plan, config))
+        found = given.run(converted_copy(other, plan, config), Deterministic())
         return is_close(found, wanted, given.before)
     except (RuntimeError, IndexError, ValueError, TypeError):
         return False

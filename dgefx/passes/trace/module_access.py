@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dgefx.copying import MODULE_ATTRIBUTES
 from dgefx.nn.guards import Setting
+from dgefx.passes.errors import TraceError
 from dgefx.passes.trace.wrapped_functions import original
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ class _HeldTensors(MutableMapping[str, Any], _Dict):
         # of Python: `dict(held)` and `{**held}` go past `__getitem__` where it is that of `dict`
         return _Dict.__iter__(self)
 
+    def __reversed__(self) -> Iterator[str]:
+        return _Dict.__reversed__(self)
+
     def copy(self) -> dict[str, Any]:
         return dict(self)
 
@@ -193,9 +197,10 @@ def heard(root: nn.Module, tracer: ConcolicTracer) -> Iterator[None]:
             vars(module)[name] = _HeldTensors(module, tensors, tracer)
         derived = {kind: _derived(kind, tracer) for kind in dict.fromkeys(kinds.values())}
         for module, kind in kinds.items():
-            # some set the class of an instance for good; these are traced through
-            with contextlib.suppress(AttributeError, TypeError):
+            try:
                 object.__setattr__(module, "__class__", derived[kind])
+            except (AttributeError, TypeError) as error:  # nothing would be heard of its settings
+                raise TraceError(f"{kind.__name__} fixes the class of its instances") from error
         yield
     finally:
         for module, kind in kinds.items():
