@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from timm.models.nest import Nest
 from torch import Tensor, nn
 
 import dgefx
@@ -230,3 +231,18 @@ def test_scores_whose_keys_are_cut_into_rows_and_columns() -> None:
     with torch.no_grad():
         assert error(converted(x).last_hidden_state, model(x).last_hidden_state) < 1e-5
     assert dgefx.report(dgefx.convert(model, 0.6, example_inputs=x)).ratio <= 0.605
+
+
+def test_parts_of_an_image_that_count_as_images() -> None:
+    """NesT: 16, 4 and 1 parts, on an axis of their own."""
+    model = Nest(
+        img_size=64, num_levels=3, embed_dims=(16, 32, 64), num_heads=(2, 2, 2), depths=(1, 1, 1)
+    )
+    model = randomise(model).eval()
+    converted = dgefx.convert(model, 1.0, example_inputs=images(2, 64))
+    assert len(dgefx.report(converted).converted) == 3
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            x = images(count, 64)
+            assert error(converted(x), model(x)) < 1e-5
+    dgefx.convert(model, 0.7, example_inputs=images(2, 64))(images(3, 64))

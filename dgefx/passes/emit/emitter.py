@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dgefx.kernels.layout import queries_as_stream, to_tokens
+from dgefx.kernels.layout import has_parts, queries_as_stream, to_tokens
 from dgefx.kernels.pool import pool_onto
 from dgefx.kernels.unpool import corrected, unpool_add
 from dgefx.kernels.window import repack
@@ -37,7 +37,7 @@ from dgefx.passes.errors import Refused
 from dgefx.passes.ops import map_sources
 from dgefx.passes.sides.facts import BlockFacts
 from dgefx.passes.sides.sides import is_size
-from dgefx.passes.sides.token_axes import MOVES, TokenAxes
+from dgefx.passes.sides.token_axes import MOVES, TokenAxes, stream_axes
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,9 @@ class _Emitter:
             ("tokens", (2,), 0, 3): "BCN",
             ("grid", (1, 2), 0, 4): "BHWC",
             ("grid", (2, 3), 0, 4): "BCHW",
-            ("tokens", (2,), 1, 4): layout.order,  # with parts that count as images
         }
+        if has_parts(layout.order):
+            orders["tokens", (2,), stream_axes(layout).batch, 4] = layout.order
         order = orders.get((held.kind, held.axes, held.batch, rank))
         if order is not None and held.prefix == (layout.prefix > 0):
             return order

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dgefx.kernels.layout import has_parts
+from dgefx.kernels.layout import parts_of
 from dgefx.kernels.window import WindowAxes
 from dgefx.nn.windows import WindowRule
 from dgefx.passes.attention.registry import form_named
@@ -134,7 +134,7 @@ def stream_axes(layout: Layout) -> TokenAxes:
     order = layout.order
     if order in ("BHWC", "BCHW"):
         return TokenAxes("grid", (layout.axis("H"), layout.axis("W")), False, 0)
-    batch = 1 if has_parts(order) else layout.axis("B")
+    batch = 1 if parts_of(order) > 1 else layout.axis("B")
     return TokenAxes("tokens", (layout.axis("N"),), layout.prefix > 0, batch)
 
 
