@@ -143,7 +143,7 @@ class ListedByItsType(ScaledAttention, metaclass=Listing, tag="of the metaclass"
 
 
 class OfFixedClass(ScaledAttention):
-    __class__ = property(lambda self: OfFixedClass)  # type: ignore[assignment]
+    __class__ = property(lambda self: OfFixedClass)
 
 
 @pytest.mark.parametrize("kind", [Tagged, Final, ListedByItsType])

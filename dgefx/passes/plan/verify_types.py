@@ -2,8 +2,8 @@
 other numbers of images.
 
 Outputs that are equal in float32 for two images say nothing of a branch on the type or of a number
-made of the batch size: Python's, or one that the
-passes keep. After `passes.plan.verify_gradients`. Next: `passes.plan.sizes`.
+made of the batch size: Python's, or one that the passes keep. After
+`passes.plan.verify_gradients`. Next: `passes.plan.sizes`.
 """
 
 from __future__ import annotations
