@@ -224,12 +224,14 @@ def set_own_functions(functions: Mapping[str, OwnFunction]) -> None:
     _own_functions = table
 
 
-def own_functions() -> list[str]:
+def own_functions() -> frozenset[str]:
     """The last parts of the names of Python functions among them whose modules are imported."""
-    imported = tuple(f"{module}." for module in [*sys.modules])
-    return [
-        last for last, found in _own_functions.items() if any(n.startswith(imported) for n in found)
-    ]
+
+    def is_imported(full: str) -> bool:
+        parts = full.split(".")
+        return any(".".join(parts[:count]) in sys.modules for count in range(1, len(parts)))
+
+    return frozenset(last for last, found in _own_functions.items() if any(map(is_imported, found)))
 
 
 def argument(node: Node, position: int, name: str, default: object = None) -> object:

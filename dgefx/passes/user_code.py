@@ -108,6 +108,7 @@ def lines_run(run: Callable[[], object], files: Collection[str]) -> set[tuple[st
     """
     found: set[tuple[str, int]] = set()
 
+    @functools.cache
     def looks(filename: str) -> bool:
         installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
         return filename in files or (

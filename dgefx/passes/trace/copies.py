@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 import torch
@@ -27,7 +27,18 @@ def copy_block(block: nn.Module, shares_parameters: bool = False) -> nn.Module:
     """
     hooks = (hook for *_, hook in _user_hooks(block))
     kept = itertools.chain(hooks, block.parameters() if shares_parameters else ())
-    return copy.deepcopy(block, {id(value): value for value in kept})
+    return copy.deepcopy(block, {id(value): value for value in kept} | _empty_copies(block))
+
+
+def _empty_copies(block: nn.Module) -> dict[int, Any]:
+    """id -> copy of the empty dictionaries in attributes of modules, some twelve in every module,
+    on which `deepcopy` would spend most of its time."""
+    return {
+        id(value): type(value)()
+        for module in block.modules()
+        for value in vars(module).values()
+        if type(value) in (dict, OrderedDict) and not value
+    }
 
 
 def shadow(block: nn.Module) -> nn.Module:

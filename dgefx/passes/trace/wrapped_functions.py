@@ -67,7 +67,8 @@ def _own_functions(root: nn.Module, attributes: bool = True) -> Found:
         return
     for imported in list(sys.modules.values()):
         scope = getattr(imported, "__dict__", {})
-        yield from ((scope, name) for name in names if _own_function(scope.get(name)))
+        found = names & scope.keys()
+        yield from ((scope, name) for name in found if _own_function(scope[name]))
     for scope in (*_globals(root), *(map(vars, root.modules()) if attributes else ())):
         for name, value in list(scope.items()):
             if callable(value) and _own_function(value):
