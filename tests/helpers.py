@@ -16,6 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 COMPILERS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 
+def slow(*values: Any) -> Any:
+    """A case of a parametrised test that CI leaves to `-m slow`: it has others of its kind."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def randomise(model: nn.Module) -> nn.Module:
     """Give constant-initialised parameters (layer scale, biases, tables) random values."""
     generator = torch.Generator().manual_seed(0)

@@ -29,7 +29,7 @@ from dgefx.nn.capacity import plans
 from dgefx.nn.router import Router
 from dgefx.passes.plan.verify import random_levels
 from dgefx.training import set_gates
-from tests.helpers import COMPILERS, Attention, TinyViT, error, images, macs, randomise
+from tests.helpers import COMPILERS, Attention, TinyViT, error, images, macs, randomise, slow
 
 AVERAGE = DGEConfig(budget="average")
 
@@ -131,8 +131,17 @@ def test_equals_dense_and_the_per_image_mode(name: str) -> None:
     assert dgefx.report(packed).ratio == pytest.approx(dgefx.report(each).ratio, abs=1e-6)
 
 
-@pytest.mark.parametrize("router", ["detail", "linear"])
-@pytest.mark.parametrize("name", ["tiny_BNC", "pvt", "swin"])
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [
+        ("tiny_BNC", "detail"),
+        ("tiny_BNC", "linear"),
+        ("pvt", "detail"),
+        slow("pvt", "linear"),
+        slow("swin", "detail"),
+        ("swin", "linear"),
+    ],
+)
 def test_the_budget_holds_over_the_batch(name: str, router: str) -> None:
     dense, x = build(name)
     config = DGEConfig(budget="average", router=router)
@@ -470,6 +479,7 @@ def test_compiles_to_one_graph(backend: str, kind: str) -> None:
             assert error(fast(batch), model(batch)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiled_pvt_equals_eager(backend: str) -> None:
     sizes = {"depths": (1, 1), "embed_dims": (32, 64), "num_heads": (1, 2)}
@@ -535,7 +545,7 @@ def test_manual_attention_is_refused_with_the_way_out() -> None:
         dgefx.convert(dense, 0.7, example_inputs=images(2, 32), config=AVERAGE)
 
 
-@pytest.mark.parametrize("router", ["detail", "linear"])
+@pytest.mark.parametrize("router", [slow("detail"), "linear"])
 def test_one_recompile_for_other_batch_sizes(router: str) -> None:
     config = DGEConfig(budget="average", router=router)
     x = images(2, 56)

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 import dgefx
-from tests.helpers import Attention, TinyViT, images, macs, randomise
+from tests.helpers import Attention, TinyViT, images, macs, randomise, slow
 
 
 def _models() -> dict[str, nn.Module]:
@@ -28,20 +28,21 @@ def _models() -> dict[str, nn.Module]:
     }
 
 
-PVT = {("pvt", 0.4), ("pvt", 0.7)}
-
-
 @pytest.mark.parametrize(
     ("name", "gamma", "routing"),
     [
-        *(
-            pytest.param(name, gamma, "region", marks=[pytest.mark.slow] * ((name, gamma) in PVT))
-            for name in ("vit", "pvt", "hf vit")
-            for gamma in (0.4, 0.5, 0.7)
-        ),
+        slow("vit", 0.4, "region"),
+        ("vit", 0.5, "region"),
+        slow("vit", 0.7, "region"),
+        slow("pvt", 0.4, "region"),
+        ("pvt", 0.5, "region"),
+        slow("pvt", 0.7, "region"),
+        ("hf vit", 0.4, "region"),
+        ("hf vit", 0.5, "region"),
+        ("hf vit", 0.7, "region"),
         # with one granularity per layer only few ratios exist; many layers come close to any
         ("vit", 0.5, "layer"),
-        ("pvt", 0.5, "layer"),
+        slow("pvt", 0.5, "layer"),
     ],
 )
 def test_ratio_in_band(name: str, gamma: float, routing: str) -> None:

@@ -22,7 +22,7 @@ from dgefx.nn.block import DGEBlock
 from dgefx.nn.router import Router
 from dgefx.record import conversion_record
 from dgefx.training.gates import set_gates
-from tests.helpers import COMPILERS, TinyViT, error, images, macs, randomise
+from tests.helpers import COMPILERS, TinyViT, error, images, macs, randomise, slow
 from tests.training.ranks import RANKS, start_on_ranks
 
 OPEN = DGEConfig(router="linear", budget="average", capacity=None)
@@ -71,8 +71,19 @@ def gate_gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for gate in gates if gate for p in gate.parameters()])
 
 
-@pytest.mark.parametrize("routing", ["region", "layer"])
-@pytest.mark.parametrize("name", ["tiny", "torchvision", "pvt", "swin"])
+@pytest.mark.parametrize(
+    ("name", "routing"),
+    [
+        ("tiny", "region"),
+        ("tiny", "layer"),
+        ("torchvision", "region"),
+        ("torchvision", "layer"),
+        ("pvt", "region"),
+        slow("pvt", "layer"),
+        slow("swin", "region"),
+        ("swin", "layer"),
+    ],
+)
 def test_the_ratio_is_what_torch_counts(name: str, routing: str) -> None:
     config = DGEConfig(router="linear", budget="average", capacity=None, routing=routing)
     model, x, dense = converted(name, config=config)

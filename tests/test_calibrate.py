@@ -32,7 +32,7 @@ from dgefx.calibration.sensitivity import interpolate
 from dgefx.nn.budget import Choices, solve
 from dgefx.nn.capacity import Plan, plans
 from dgefx.record import conversion_record
-from tests.helpers import TinyViT, error, images, macs, randomise
+from tests.helpers import TinyViT, error, images, macs, randomise, slow
 
 SIDE = 48
 X = images(12, SIDE, seed=5)
@@ -165,7 +165,7 @@ def test_calibration_beats_the_guess_and_equal_shares() -> None:
     assert errors[0] < 0.8 * min(errors[1:])
 
 
-@pytest.mark.parametrize("gamma", [0.6, 0.9])
+@pytest.mark.parametrize("gamma", [0.6, slow(0.9)])
 def test_any_budget_after_one_calibration(gamma: float) -> None:
     """The table describes the model as it is: more budget is never worse, on images it has not
     seen, wherever it was calibrated."""
@@ -177,6 +177,7 @@ def test_any_budget_after_one_calibration(gamma: float) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 def test_refinement_brings_unseen_images_closer() -> None:
     """Images that have something in common: smooth, with more or less detail."""
     generator = torch.Generator().manual_seed(1)

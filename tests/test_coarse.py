@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.nn.hierarchy import nested_levels
-from tests.helpers import TinyViT, error, images, randomise
+from tests.helpers import TinyViT, error, images, randomise, slow
 
 
 def constant_within_patches(
@@ -83,7 +83,9 @@ def test_any_routing_is_exact_on_patch_constant_input(
     assert error(found - x, wanted - x) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pvt_v2_b0", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "pvt_v2_b0", slow("eva02_tiny_patch14_224")]
+)
 def test_real_blocks_on_patch_constant_input(name: str) -> None:
     """With in-block positional terms zeroed: RoPE of angle 0, depthwise taps at the centre only."""
     torch.manual_seed(0)

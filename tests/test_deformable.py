@@ -18,7 +18,7 @@ from dgefx.passes.capture import capture, example_of
 from dgefx.training import set_gates
 from tests.dat import DAT, Attention, GridBlock, GridModel, Warp
 from tests.dpvt import DPVT, centres
-from tests.helpers import COMPILERS, error, images, macs, randomise
+from tests.helpers import COMPILERS, error, images, macs, randomise, slow
 
 #: one stage on a grid of 12 tokens a side
 SMALL: dict[str, Any] = {"dims": (16,), "strides": (4,), "side": 48}
@@ -161,7 +161,7 @@ def test_gamma_holds_by_torchs_counter(budget: str) -> None:
     assert 0.48 <= macs(model, x) / macs(dense, x) <= 0.5
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", ["per_image", slow("average")])
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiled_whole_it_equals_eager(backend: str, budget: str) -> None:
     _, model = pair(0.7, budget)

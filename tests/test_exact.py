@@ -14,7 +14,7 @@ from timm.models.nest import Nest
 from torch import Tensor, nn
 
 import dgefx
-from tests.helpers import Attention, TinyViT, error, images, randomise
+from tests.helpers import Attention, TinyViT, error, images, randomise, slow
 
 #: depth or stage depths that keep CI short; the slow test takes the models whole
 TIMM_SHORT: dict[str, dict[str, Any]] = {
@@ -30,6 +30,8 @@ TIMM_SHORT: dict[str, dict[str, Any]] = {
     "pvt_v2_b2": {"depths": (1, 1, 1, 1)},
     "twins_pcpvt_small": {"depths": (2, 1, 2, 1)},
 }
+#: of a kind with "pvt_v2_b0" and with the plain ones
+_DOUBLE = ("pvt_v2_b2", "twins_pcpvt_small", "vit_base_patch16_siglip_224")
 #: pooling heads ask with one learned query: rightly refused
 REFUSED = {"vit_base_patch16_siglip_224": ["attn_pool"]}
 
@@ -48,9 +50,7 @@ def check_exact(model: nn.Module, refused: list[str], **options: Any) -> None:
     assert error(found, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "pvt_v2_b2")) for n in TIMM_SHORT]
-)
+@pytest.mark.parametrize("name", [slow(name) if name in _DOUBLE else name for name in TIMM_SHORT])
 def test_timm(name: str) -> None:
     options = TIMM_SHORT[name]
     model = timm.create_model(name, **options)

@@ -9,6 +9,7 @@ PyTorch route, which the other tests compare with the dense model.
 from __future__ import annotations
 
 import copy
+import itertools
 import pkgutil
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import dgefx
 from dgefx import DGEConfig
 from dgefx.training import gates_of, set_gates
-from tests.helpers import COMPILERS, TinyViT, error, images, randomise
+from tests.helpers import COMPILERS, TinyViT, error, images, randomise, slow
 
 LAUNCHERS = (
     "collect.launch_collect",
@@ -85,8 +86,18 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", ["tiny_BNC", "tiny_BCHW", "pvt", "swin"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *itertools.product(("tiny_BNC", "tiny_BCHW"), CONFIGS),
+        ("pvt", "per_image"),
+        slow("pvt", "average"),
+        ("pvt", "gates"),
+        slow("swin", "per_image"),
+        ("swin", "average"),
+        slow("swin", "gates"),
+    ],
+)
 def test_operators_equal_the_plain_route(
     name: str, config: str, request: pytest.FixtureRequest
 ) -> None:
@@ -147,8 +158,8 @@ def test_operators_compile_to_one_graph(backend: str, name: str, config: str) ->
     [
         ("tiny_BNC", "per_image"),
         ("tiny_BNC", "average"),
-        pytest.param("conv", "per_image", marks=pytest.mark.slow),
-        ("conv", "gates"),
+        slow("conv", "per_image"),
+        slow("conv", "gates"),
     ],
 )
 def test_triton_kernels_carry_a_model(
@@ -233,8 +244,17 @@ class Convolved(TinyViT):
         self.blocks[0].mlp = MixFFN(16)
 
 
-@pytest.mark.parametrize("name", ["tiny_BNC", "pvt", "swin"])
-@pytest.mark.parametrize("config", ["linear", "open"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("tiny_BNC", "linear"),
+        ("tiny_BNC", "open"),
+        ("pvt", "linear"),
+        slow("pvt", "open"),
+        slow("swin", "linear"),
+        ("swin", "open"),
+    ],
+)
 def test_the_dense_training_path(name: str, config: str, packing: None) -> None:
     """All granularities at once have no packing, as tokens are in several patches there."""
     configs = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dgefx
-from tests.helpers import Attention, Block, TinyViT, error, images, randomise
+from tests.helpers import Attention, Block, TinyViT, error, images, randomise, slow
 
 
 def finest(model: nn.Module, side: int | tuple[int, int] = 32) -> nn.Module:
@@ -39,7 +39,7 @@ def test_other_image_sizes(order: str, size: tuple[int, int]) -> None:
     assert all(r.levels.shape == (2, rows * columns) for r in levels)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pvt_v2_b0", "twins_pcpvt_small"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pvt_v2_b0", slow("twins_pcpvt_small")])
 def test_other_image_sizes_of_real_models(name: str) -> None:
     options = {"dynamic_img_size": True, "depth": 2} if name.startswith("vit") else {}
     dense = randomise(timm.create_model(name, **options)).eval()

@@ -19,7 +19,7 @@ import dgefx
 from dgefx.nn.capacity import plans
 from dgefx.nn.hierarchy import nested_levels
 from dgefx.passes.plan.verify import patch_constant_stream
-from tests.helpers import COMPILERS, error, images, macs, randomise
+from tests.helpers import COMPILERS, error, images, macs, randomise, slow
 from tests.windowed import TinySwin, WindowBlock
 
 
@@ -76,7 +76,7 @@ def window_block(case: dict[str, Any], bias: bool | None = None) -> WindowBlock:
     )
 
 
-@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(KINDS, st.tuples(st.integers(4, 12), st.integers(4, 12)), st.integers(0, 99))
 @example(WIDER_THAN_THE_GRID, (10, 4), 10)
 def test_any_windows(case: dict[str, Any], grid: tuple[int, int], seed: int) -> None:
@@ -115,7 +115,7 @@ def impose(block: dgefx.nn.DGEBlock, levels: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("shift", [slow(0), 3])
 def test_swin_on_patch_constant_input(shift: int) -> None:
     """Acceptance 4 on the real block; the mask stays, the position bias is zeroed."""
     torch.manual_seed(0)
@@ -226,13 +226,12 @@ SHORT: dict[str, tuple[int, dict[str, Any], list[str]]] = {
 }
 
 
-#: another spelling of what "swinv2_tiny_window8_256" does
-_DOUBLE = "swinv2_cr_tiny_224"
+#: of a kind with "swinv2_tiny_window8_256", "swin_tiny_patch4_window7_224" and (what of it
+#: converts) "twins_svt_small"
+_DOUBLE = ("swinv2_cr_tiny_224", "swin_s3_tiny_224", "davit_tiny")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == _DOUBLE)) for n in SHORT]
-)
+@pytest.mark.parametrize("name", [slow(name) if name in _DOUBLE else name for name in SHORT])
 def test_timm(name: str) -> None:
     side, options, refused = SHORT[name]
     torch.manual_seed(0)
@@ -291,7 +290,7 @@ def tiny_torchvision(version: int) -> nn.Module:
     return kind.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7], num_classes=5, **more)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [slow(1), 2])
 def test_torchvision(version: int) -> None:
     torch.manual_seed(0)
     check_exact(tiny_torchvision(version), [], images(2, 112, seed=1))
@@ -312,7 +311,7 @@ def tiny_hugging_face(version: int) -> nn.Module:
     return transformers.Swinv2Model(config)
 
 
-@pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("version", [1, slow(2)])
 def test_hugging_face(version: int) -> None:
     torch.manual_seed(0)
     check_exact(tiny_hugging_face(version), [], images(2, 112 if version == 1 else 128, seed=1))
@@ -332,7 +331,7 @@ def test_ratio(name: str, gamma: float) -> None:
     assert abs(ratio - dgefx.report(model).ratio) <= 0.002
 
 
-@pytest.mark.parametrize("gamma", [0.5, pytest.param(0.7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gamma", [0.5, slow(0.7)])
 def test_ratio_of_small_swin(gamma: float) -> None:
     torch.manual_seed(0)
     _, options, _ = SHORT["swin_tiny_patch4_window7_224"]
@@ -360,7 +359,7 @@ def tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-@pytest.mark.parametrize("kind", ["own", "timm stage", pytest.param("hf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [slow("own"), "timm stage", slow("hf")])
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_compiled_in_one_graph(backend: str, kind: str) -> None:
     dense, side = tiny(kind)
@@ -411,7 +410,7 @@ def test_other_image_sizes(kind: str, shift: tuple[int, int]) -> None:
             assert bool(coarse(x).isfinite().all())
 
 
-@pytest.mark.parametrize("make", [tiny_torchvision, tiny_hugging_face])
+@pytest.mark.parametrize("make", [tiny_torchvision, slow(tiny_hugging_face)])
 def test_other_image_sizes_of_libraries(make: Any) -> None:
     torch.manual_seed(0)
     dense = make(1).eval()

@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 
 from dgefx.kernels.allocate_op import allocate, allocate_reference
 from dgefx.kernels.gpu.allocate import launch_allocate
+from tests.helpers import COMPILERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POISON = -(10**12)
@@ -184,14 +185,15 @@ def test_results_have_no_gradient() -> None:
     assert not any(tensor.requires_grad for tensor in allocate(*draw(FIXED)))
 
 
-def test_compiled_equals_eager() -> None:
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_equals_eager(backend: str) -> None:
     """One graph, for any number of images and slots."""
 
     def run(*tables: Any) -> tuple[Tensor, ...]:
         patch, patch_slot, token_slot = allocate(*tables)
         return patch + 1, patch_slot, token_slot
 
-    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
     for change in ({}, {"count": 3}, {"slack": 2, "seed": 8}, {"slack": -2}):
         tables = draw({**FIXED, **change})
         check(compiled(*tables), tuple(t.cpu() for t in run(*tables)))

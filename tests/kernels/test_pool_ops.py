@@ -29,6 +29,7 @@ from dgefx.kernels.packing import Packing
 from dgefx.kernels.pool_op import pool_rows_op
 from dgefx.kernels.transfer_op import collect, spread
 from dgefx.kernels.unpool_op import unpool_add_op
+from tests.helpers import COMPILERS
 from tests.kernels.packed_cases import (
     CASES,
     DEVICE,
@@ -219,7 +220,8 @@ def test_only_what_is_needed_is_differentiated() -> None:
     assert queries.grad is None and gate.grad is None
 
 
-def test_compiled_equals_eager() -> None:
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_equals_eager(backend: str) -> None:
     """One graph, forward and backward, for any number of queries."""
     drawn, inputs = fixed_inputs(torch.float32)
 
@@ -228,7 +230,7 @@ def test_compiled_equals_eager() -> None:
         queries = pool_rows_op(tokens, packing)
         return unpool_add_op(tokens, queries, updated * queries, gate, packing)
 
-    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
     for case in (drawn, draw({**FIXED, "seed": 4}), draw({**FIXED, "count": 3, "prefix": 0})):
         queries, rows = case.matrix.shape
         shapes = ((rows, 3), (queries, 3), (queries, 3), (queries,))

@@ -27,6 +27,7 @@ from dgefx.kernels.stencil_op import (
     stencil_taps_grad,
 )
 from dgefx.kernels.stencil_tables import StencilTables, stencil_tables
+from tests.helpers import COMPILERS
 from tests.kernels.stencil_cases import CASES, Grid, draw_values, gradients, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +54,7 @@ def on_device(packing: Packing, tables: StencilTables) -> tuple[list[Tensor], St
     return [t.to(DEVICE) for t in flat], StencilTables(*(t.to(DEVICE) for t in tables))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(CASES, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_kernels_equal_the_definition(case: dict, dtype: torch.dtype) -> None:
     from dgefx.kernels.gpu.stencil import run_coefficients, run_stencil
@@ -172,8 +173,9 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(run, (hidden, weight, bias))
 
 
+@pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_equals_eager(dynamic: bool) -> None:
+def test_compiled_equals_eager(dynamic: bool, backend: str) -> None:
     torch.compiler.reset()
     hidden, weight, packing, tables = small(torch.float32)
     bias = torch.randn(3)
@@ -181,7 +183,7 @@ def test_compiled_equals_eager(dynamic: bool) -> None:
     def run(hidden: Tensor, weight: Tensor, packing: Packing) -> Tensor:
         return stencil(hidden.sin(), weight, bias, packing, tables, (5, 6)).cos()
 
-    compiled = torch.compile(run, fullgraph=True)
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
     eager = run(hidden, weight, packing)
     if dynamic:  # what differs between batches of one model
         for rows in (hidden, packing.patch, packing.base, packing.row):

@@ -21,7 +21,7 @@ from dgefx.kernels.routing import Routing
 from dgefx.nn.block import DGEBlock
 from dgefx.nn.gate import Gate, one_hot
 from dgefx.training.gates import set_gates
-from tests.helpers import TinyViT, error, images, randomise
+from tests.helpers import TinyViT, error, images, randomise, slow
 
 LEVELS = 3
 CONFIGS = {
@@ -152,8 +152,10 @@ def windows_and_full_resolution(name: str) -> tuple[nn.Module, Tensor]:
     return model, images(2, 56)
 
 
-@pytest.mark.parametrize("name", ["per_image", "open"])
-@pytest.mark.parametrize("model_name", ["pvt", "swin"])
+@pytest.mark.parametrize(
+    ("model_name", "name"),
+    [("pvt", "open"), slow("pvt", "per_image"), ("swin", "per_image"), slow("swin", "open")],
+)
 def test_the_dense_path_in_windows_and_at_full_resolution(model_name: str, name: str) -> None:
     dense, x = windows_and_full_resolution(model_name)
     model = dgefx.convert(randomise(dense), 0.8, example_inputs=x, config=CONFIGS[name])

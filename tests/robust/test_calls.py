@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.coverage.hf_configs import _DETR, _resnet
-from tests.helpers import Block, TinyViT, error, images, randomise
+from tests.helpers import Block, TinyViT, error, images, randomise, slow
 from tests.robust.user_blocks import UserAttention, UserBlock, UserModel
 
 X = images(2, 64)
@@ -116,6 +116,7 @@ def test_detr_serves_batches_with_and_without_padding(detr: nn.Module, example: 
     assert error(seen[2], seen[0]) > 10 * CLOSE  # padding does something
 
 
+@pytest.mark.slow
 def test_detr_compiles_in_one_graph(detr: nn.Module) -> None:
     x = images(2, 128)
     converted = dgefx.convert(detr, 0.99, example_inputs={"pixel_values": x})
@@ -382,8 +383,17 @@ def jit_traced(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return traced
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.75])
-@pytest.mark.parametrize("make", [timm_swin, hf_swin, timm_vit])
+@pytest.mark.parametrize(
+    ("make", "gamma"),
+    [
+        (timm_vit, 1.0),
+        (timm_vit, 0.75),
+        slow(timm_swin, 1.0),
+        (timm_swin, 0.75),
+        (hf_swin, 1.0),
+        slow(hf_swin, 0.75),
+    ],
+)
 def test_a_traced_model_follows_its_batch(make: Callable[[], nn.Module], gamma: float) -> None:
     dense = Tensors(make())
     for parameter in dense.parameters():  # so that attention tells tokens apart

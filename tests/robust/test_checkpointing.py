@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dgefx
 from dgefx.nn.block import DGEBlock
-from tests.helpers import Block, TinyViT, error, images, randomise
+from tests.helpers import Block, TinyViT, error, images, randomise, slow
 
 #: reentrant checkpointing, the default of some versions, asks for inputs that require gradients
 KINDS = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -276,7 +276,7 @@ def test_a_block_is_called_as_the_class_it_stands_for() -> None:
             {"img_size": 56, "depths": (2,), "num_heads": (2,), "embed_dim": 32},
             56,
         ),
-        ("pvt_v2_b0", {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 40, 64)}, 64),
+        slow("pvt_v2_b0", {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 40, 64)}, 64),
     ],
 )
 def test_timm(name: str, options: dict[str, Any], side: int) -> None:

@@ -112,6 +112,7 @@ def test_threads_at_gamma_one_equal_the_dense_model(dense: nn.Module) -> None:
     assert not in_threads(finest, SIZES, [alone(dense, size) for size in SIZES])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("swift_switches")
 def test_threads_of_a_compiled_block(coarse: nn.Module) -> None:
     wanted = [alone(coarse, size) for size in (TALL, WIDE)]
