@@ -97,7 +97,7 @@ def test_adapted_model_converts_exactly_and_trains(kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["fused", "timm", slow("hugging face")])
+@pytest.mark.parametrize("kind", ["fused", slow("timm"), slow("hugging face")])
 def test_merging_after_conversion(kind: str) -> None:
     model = adapted(MODELS[kind]())
     converted = dgefx.convert(model, 0.8, example_inputs=inputs(kind))

@@ -105,8 +105,9 @@ def test_convert_calibrates() -> None:
     assert "dgefx.calibrate" in str(dgefx.report(build()))
 
 
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("rank", [0, None])
+@pytest.mark.parametrize(
+    ("rank", "hooked"), [(0, False), slow(0, True), slow(None, False), (None, True)]
+)
 def test_losses_are_those_of_the_block_alone(rank: int | None, hooked: bool) -> None:
     """The table against a hand-made run: one block coarse, all others dense, in the model as it is
     after calibration."""

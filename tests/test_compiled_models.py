@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dgefx
-from tests.helpers import TinyViT, error, images, randomise
+from tests.helpers import TinyViT, error, images, randomise, slow
 
 X = images(2, 32)
 
@@ -63,7 +63,7 @@ PARTS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [slow("backbone"), "blocks in place"])
 def test_compiled_in_part(part: str) -> None:
     model = in_part(part)
     plain = copy.deepcopy(model)

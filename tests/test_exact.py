@@ -30,8 +30,13 @@ TIMM_SHORT: dict[str, dict[str, Any]] = {
     "pvt_v2_b2": {"depths": (1, 1, 1, 1)},
     "twins_pcpvt_small": {"depths": (2, 1, 2, 1)},
 }
-#: of a kind with "pvt_v2_b0" and with the plain ones
-_DOUBLE = ("pvt_v2_b2", "twins_pcpvt_small", "vit_base_patch16_siglip_224")
+#: of a kind with "pvt_v2_b0", with the plain ones, and with BEiT of transformers
+_DOUBLE = (
+    "pvt_v2_b2",
+    "twins_pcpvt_small",
+    "vit_base_patch16_siglip_224",
+    "beit_base_patch16_224",
+)
 #: pooling heads ask with one learned query: rightly refused
 REFUSED = {"vit_base_patch16_siglip_224": ["attn_pool"]}
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import dgefx
 from dgefx.nn import DGEBlock
-from tests.helpers import TinyViT, error, images, macs, randomise
+from tests.helpers import TinyViT, error, images, macs, randomise, slow
 
 X = images(2, 32)
 BATCH = {0: torch.export.Dim("batch")}
@@ -128,7 +128,7 @@ def test_one_image_only_is_refused() -> None:
         assert 'dynamic_shapes=({0: torch.export.Dim("batch")},)' in str(caught.value)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [slow(False), True])
 def test_other_sizes_than_those_exported_are_refused(dynamic: bool) -> None:
     """Also those that have as many tokens."""
     converted = dgefx.convert(exported(TinyViT(dim=32), dynamic=dynamic), 0.6)

@@ -311,7 +311,8 @@ def tiny_hugging_face(version: int) -> nn.Module:
     return transformers.Swinv2Model(config)
 
 
-@pytest.mark.parametrize("version", [1, slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
 def test_hugging_face(version: int) -> None:
     torch.manual_seed(0)
     check_exact(tiny_hugging_face(version), [], images(2, 112 if version == 1 else 128, seed=1))
@@ -371,6 +372,7 @@ def test_compiled_in_one_graph(backend: str, kind: str) -> None:
     assert error(found, wanted) <= 1e-5
 
 
+@pytest.mark.slow
 def test_one_recompile_for_a_new_batch_size() -> None:
     dense, side = TinySwin(WindowBlock(shift=(2, 2), core="sdpa")), 32
     model = dgefx.convert(randomise(dense), 0.7, example_inputs=images(2, side)).eval()
@@ -410,7 +412,8 @@ def test_other_image_sizes(kind: str, shift: tuple[int, int]) -> None:
             assert bool(coarse(x).isfinite().all())
 
 
-@pytest.mark.parametrize("make", [tiny_torchvision, slow(tiny_hugging_face)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tiny_torchvision, tiny_hugging_face])
 def test_other_image_sizes_of_libraries(make: Any) -> None:
     torch.manual_seed(0)
     dense = make(1).eval()

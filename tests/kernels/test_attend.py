@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
 from dgefx.kernels.attend import attend
 from dgefx.kernels.dispatch import has_triton
+from tests.helpers import COMPILERS
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton has no wheel here")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,7 +187,7 @@ BRAIN = 3e-2
 
 
 @needs_triton
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(CASES)
 def test_triton_is_exact(case: dict[str, Any]) -> None:
     arguments, grad = draw(case, torch.float32, DEVICE)
@@ -195,7 +196,7 @@ def test_triton_is_exact(case: dict[str, Any]) -> None:
 
 # in the interpreter bfloat16 is loaded and stored as such, but multiplied as float32
 @needs_triton
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(CASES, st.sampled_from([(torch.bfloat16, BRAIN), (torch.float16, HALF)]))
 def test_triton_in_half_precision(case: dict[str, Any], kind: tuple[torch.dtype, Any]) -> None:
     dtype, tolerance = kind
@@ -297,7 +298,8 @@ def test_registration(bias: int | None, value: int) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
-def test_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiles_without_a_break(backend: str) -> None:
     arguments, grad = draw(PLAIN, torch.float32)
 
     def function(
@@ -306,7 +308,7 @@ def test_compiles_without_a_break() -> None:
         return attend(q * 2, k, v, offsets, bias, bias_row) + 1
 
     results = []
-    for call in (function, torch.compile(function, fullgraph=True)):
+    for call in (function, torch.compile(function, fullgraph=True, backend=backend)):
         inputs = [t.detach().clone().requires_grad_() for t in (*arguments[:3], arguments.bias)]
         q, k, v, bias = inputs
         out = call(q, k, v, arguments.offsets, bias, arguments.bias_row)

@@ -259,6 +259,7 @@ def test_corrections_are_counted_and_applied_once(kind: str) -> None:
     assert model.blocks[0].code.count("corrected(") == 1
 
 
+@pytest.mark.slow
 def test_unfused_attention_compiles() -> None:
     """Inductor replaces matmul-softmax-matmul; keys that come transposed confuse it."""
 

@@ -199,7 +199,8 @@ def test_timm_saves_and_resumes_it(tmp_path: Any) -> None:
     assert torch.equal(other.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiled_task_trains_as_an_eager_one(autocast: bool) -> None:
     found = []
     x, y = batch()
