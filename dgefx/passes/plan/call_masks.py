@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 from torch import Tensor
 
@@ -21,21 +20,16 @@ from dgefx.nn.call_form import CallForm
 from dgefx.nn.callspec import CallSpec, MaskInput
 from dgefx.nn.guards import Guards
 from dgefx.passes.errors import Refused
-from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.plan.compare import randomised
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan, plan_block
 from dgefx.passes.plan.sizes import agrees, other_grids
 from dgefx.passes.plan.verify import verify_block
-from dgefx.passes.sides.sides import block_flow
-from dgefx.passes.trace.block_trace import Trace, trace
 from dgefx.passes.trace.copies import shadow
 
 #: elements of a mask that is tried out
 _LARGEST = 2**25
-#: what tells the type of a tensor
-_READS_DTYPE = named(Op.READS_TYPE)
 #: the argument, the place of its shape in `_SHAPES` (None: left out), the grid it is planned on
 HeldForm = tuple[str, int | None, tuple[int, int]]
 #: the dense block's result for a call, None where it fails or is not finite
@@ -231,8 +225,10 @@ class MaskForms:
                 continue
             try:
                 example = self._call(name, mask, shape, grid, True)
-                taken = self._as_traced(example, name, mask)
                 plan = self._planned(example)
+                taken = mask
+                if mask is not None and len(mask.kinds) > 1 and name in plan.types_asked:
+                    taken = dataclasses.replace(mask, kinds=frozenset({True}))
                 if self.known is None:
                     verify_block(example, plan, self.config)
                     self._require_elsewhere(plan, name, taken, shape)
@@ -257,17 +253,6 @@ class MaskForms:
             kind = boolean if boolean in mask.kinds else not boolean
             value = _random_mask(_size(shape, example), kind, example.stream)
         return self._with(example, name, value)
-
-    def _as_traced(
-        self, example: BlockExample, name: str, mask: MaskInput | None
-    ) -> MaskInput | None:
-        """The mask as a trace with a bool one takes it."""
-        if mask is None or len(mask.kinds) < 2:
-            return mask
-        spec = CallSpec.of(example.block, *example.call)
-        traced = trace(example.block, spec, False, grid=example.layout.grid)
-        asked = _reads_dtype(traced, name)
-        return dataclasses.replace(mask, kinds=frozenset({True})) if asked else mask
 
     def _planned(self, example: BlockExample) -> BlockPlan:
         """The block's plan for this form, on its grid."""
@@ -331,20 +316,3 @@ def _with_answers(guards: Guards, known: Guards) -> Guards:
 
 def _size(shape: _MaskShape, example: BlockExample) -> tuple[int, ...]:
     return shape.of(example.images, example.layout.tokens)
-
-
-def _reads_dtype(traced: Trace, name: str) -> bool:
-    """Whether a trace asked for the type of a bool mask, and may have decided something by it."""
-    nodes = traced.graph.nodes
-    start = next(n for n in nodes if n.op == "placeholder" and n.target == name)
-    reached = nx.descendants(block_flow(traced.graph), start)
-
-    def is_bool(value: object) -> bool:
-        return isinstance(value, Tensor) and value.dtype == torch.bool
-
-    for node in reached:
-        asked = node.args[1] if node.target is getattr else op_name(node, traced.root)
-        of = [n for n in node.all_input_nodes if n is start or n in reached]
-        if asked in _READS_DTYPE and any(is_bool(traced.values.get(n)) for n in of):
-            return True
-    return False

@@ -34,7 +34,7 @@ from dgefx.passes.sides.sides import KEEPS_STREAM
 from dgefx.passes.stage_log import log_stage
 from dgefx.passes.trace.block_trace import Trace, attribute_of, trace
 from dgefx.passes.trace.decisions import follows_batch
-from dgefx.passes.trace.guards import guards_of, same_types, same_without_grad
+from dgefx.passes.trace.guards import guards_of, same_types, same_without_grad, types_asked
 from dgefx.passes.walk import breadth_first
 
 
@@ -67,7 +67,8 @@ class BlockPlan:
     For its verification. exact_at_any_level: on input that is constant within patches: it has no
     tables, stencils or full-resolution operations. tokens_apart: nothing but attention mixes its
     tokens. reference: what it must yield below the finest granularity, of blocks whose graph was
-    rewritten for themselves. functions: autograd functions that the trace went through.
+    rewritten for themselves. types_asked: names of the arguments that are bool tensors of which it
+    asks the type in eval mode. functions: autograd functions that the trace went through.
     numbers_images: whether Python made a number of a batch size. eval_calls_more: whether it calls
     in eval mode what it does not in train mode.
 
@@ -92,6 +93,7 @@ class BlockPlan:
     exact_at_any_level: bool
     tokens_apart: bool
     graphs_of: tuple[str, str]
+    types_asked: frozenset[str] = frozenset()
     functions: tuple[str, ...] = ()
     numbers_images: bool = False
     eval_calls_more: bool = False
@@ -331,6 +333,7 @@ def _planned(
         exact_at_any_level=not (evaluated.positional or evaluated.mixing),
         tokens_apart=evaluated.tokens_apart,
         graphs_of=(first.owner, second.owner),
+        types_asked=types_asked(traces[0]),
         functions=tuple(dict.fromkeys(traces[0].functions + traces[1].functions)),
         numbers_images=any(
             follows_batch(node, traced.values, stream, axis)

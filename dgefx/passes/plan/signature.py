@@ -115,10 +115,13 @@ def _digest(value: Tensor) -> bytes:
 def _sparsity(value: Tensor) -> bytes:
     """Where a parameter is as good as zero, if that is so in many places: a mask, or a matrix that
     passes its input on. Constant ones do not count: rewriting adds noise to them."""
+    if not value.numel():
+        return b""
     size = value.detach().abs()
-    there = size > _NEGLIGIBLE * (size.max() if size.numel() else 1.0)
-    dense = float((~there).float().mean()) <= _SPARSE
-    if not size.numel() or dense or bool(value.max() - value.min() <= 1e-3 * size.max()):
+    most = size.max()
+    there = size > _NEGLIGIBLE * most
+    dense = value.numel() - int(there.count_nonzero()) <= _SPARSE * value.numel()
+    if dense or bool(value.max() - value.min() <= 1e-3 * most):
         return b""
     return _digest(there)
 

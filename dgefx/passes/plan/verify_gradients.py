@@ -55,14 +55,18 @@ def verify_gradients(example: BlockExample, plan: BlockPlan, config: DGEConfig) 
     # a backward pass of the user's may do on all tokens what it does not on few
     seen = not plan.functions and not any(map(has_backward_hooks, example.block.modules()))
     for training in (True, False) if both else (True,):
-        less = _smaller(example, plan) if seen else iter(())
+        less = list(smaller_grids(example, plan)) if seen else []
+        if seen and not plan.numbers_images:
+            less.append((example.of_images(torch.zeros(1, dtype=torch.int64)), plan))
         if not _equal_on_first(less, config, training):
             _Gradients(example, plan, config, training).compare()
 
 
-def _smaller(example: BlockExample, plan: BlockPlan) -> Iterator[tuple[BlockExample, BlockPlan]]:
-    """Smaller grids, the smallest first, then one image: a backward pass in float64 on all tokens
-    may take longer than all else."""
+def smaller_grids(
+    example: BlockExample, plan: BlockPlan
+) -> Iterator[tuple[BlockExample, BlockPlan]]:
+    """Smaller grids on which a block runs the same code, if the dense block takes them, the
+    smallest first: a backward pass in float64 on all tokens may take longer than all else."""
     layout = plan.layout
     grids = [layout.grid]
     movable = layout.token_order is None and not has_parts(layout.order)
@@ -78,12 +82,10 @@ def _smaller(example: BlockExample, plan: BlockPlan) -> Iterator[tuple[BlockExam
         moved = example.at_grid(grid)
         fewer = dataclasses.replace(plan.tried(False), layout=moved.layout, reference=None)
         yield moved, fewer
-    if not plan.numbers_images:
-        yield example.of_images(torch.zeros(1, dtype=torch.int64)), plan
 
 
 def _equal_on_first(
-    smaller: Iterator[tuple[BlockExample, BlockPlan]], config: DGEConfig, training: bool
+    smaller: list[tuple[BlockExample, BlockPlan]], config: DGEConfig, training: bool
 ) -> bool:
     """Whether the gradients were compared on the first of these that the block takes, and are
     equal there."""

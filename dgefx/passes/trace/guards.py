@@ -11,16 +11,19 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from dgefx.nn.code import GraphCode
 from dgefx.nn.guards import FLOATS, Guards
 from dgefx.passes.errors import TraceError
+from dgefx.passes.ops import Op, named, op_name
 from dgefx.passes.trace.block_trace import Trace, trace_with
 from dgefx.passes.trace.decisions import size_questions
-from dgefx.passes.walk import behind
+from dgefx.passes.walk import behind, breadth_first
+
+_READS_TYPE = named(Op.READS_TYPE)
 
 
 def guards_of(
@@ -128,3 +131,23 @@ def _source(graph: fx.Graph) -> list[str]:
             args = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
             lines.append(f"{node.op} {node.target} {args}")
     return lines
+
+
+def types_asked(traced: Trace) -> frozenset[str]:
+    """Names of the arguments that are bool tensors of which a trace asked the type, and may have
+    decided something by it."""
+
+    def is_bool(node: fx.Node) -> bool:
+        value = traced.values.get(node)
+        return isinstance(value, Tensor) and value.dtype == torch.bool
+
+    def asks(start: fx.Node) -> bool:
+        reached = set(breadth_first([start], lambda node: node.users))
+        return any(
+            (node.args[1] if node.target is getattr else op_name(node, traced.root)) in _READS_TYPE
+            and any(source in reached and is_bool(source) for source in node.all_input_nodes)
+            for node in reached
+        )
+
+    given = (node for node in traced.graph.nodes if node.op == "placeholder")
+    return frozenset(str(node.target) for node in given if is_bool(node) and asks(node))
