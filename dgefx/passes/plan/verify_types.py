@@ -82,8 +82,8 @@ def verify_images(example: BlockExample, plan: BlockPlan, config: DGEConfig) -> 
     )
     smaller = list(smaller_grids(example, plan))
     for count, training in cases:
-        dense = randomised(example.block).train(training)
         for moved, fewer in (*smaller, (example, plan)):
+            dense = randomised(example.block, training)  # it may note down what it was given
             given = moved.of_images(torch.arange(count) % images)
             # numbers that the block is given may be of images, or something else
             calls = [given, *given.with_numbers(images, count)]
