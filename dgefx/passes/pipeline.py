@@ -199,7 +199,8 @@ def analyse(
         plans, refused = _convert_blocks(model, work, sites, observed, config)
         costs = price(work, plans, observed.calls, observed.macs, config.bounded())
         for name, cost in costs.items():
-            log_stage(name, "price in MACs", (cost.dense, cost.macs(cost.plans[0])))
+            coarsest = cost.macs(cost.plans[0])
+            log_stage(name, "price in MACs", f"dense {cost.dense:.0f}, coarsest {coarsest:.0f}")
         refused |= _without_gain(sites, costs)
         reasons |= _of_weights(work, refused, must_convert)
         plans = {site.name: plans[site.name] for site in sites if site not in refused}

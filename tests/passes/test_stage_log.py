@@ -16,6 +16,10 @@ def test_stages_of_one_block_are_logged(caplog: pytest.LogCaptureFixture) -> Non
         dgefx.explain(model)
     assert {record.name for record in caplog.records} == {"dgefx.passes.blocks.0"}
     stages = [record.getMessage().partition(":")[0] for record in caplog.records]
-    wanted = ["located", "trace in eval mode", "trace in train mode", "plan, verified", "sizes"]
-    assert [s.removeprefix("blocks.0, ") for s in stages][:5] == wanted
+    traces = ["trace in eval mode", "trace in train mode"]
+    wanted = ["located", *traces, "sides", "plan, verified", "sizes"]
+    assert [s.removeprefix("blocks.0, ") for s in stages][:6] == wanted
+    assert stages[-1] == "blocks.0, price in MACs"
+    assert "norm1: queries and context, tokens, axes (1,), prefix True, batch 0" in caplog.text
+    assert "attn_k_norm: context\n" in caplog.text
     assert "def forward" in caplog.text and "unpool_add" in caplog.text

@@ -132,7 +132,7 @@ class GraphCache:
         if known is None and evaluated is not None and key is not None and key == evaluated.key:
             known = evaluated if evaluated.same_in_training and alike else None
         if known is None:
-            known = Rewritten(split(trace, stream, layout, packs), name, scales, key, alike)
+            known = Rewritten(split(trace, stream, layout, packs, name), name, scales, key, alike)
             if key is not None:
                 self._graphs[key, trace.root.training] = known
             return known

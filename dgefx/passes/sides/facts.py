@@ -35,6 +35,22 @@ class BlockFacts(TokenFacts):
     fixed_slots: bool
     fused: tuple[FusedProjection, ...]
 
+    def __str__(self) -> str:
+        """For `passes.stage_log`: on which side a node runs, and how its value holds tokens."""
+        sides = {
+            "queries": self.sides.query_side,
+            "pooled": self.sides.pooled,
+            "context": self.sides.context_side,
+            "un-pooled": self.sides.materialised,
+        }
+        lines = [f"windows: {self.rule if self.windowed else None}"]
+        for node in self.trace.graph.nodes:
+            where = " and ".join(side for side, nodes in sides.items() if node in nodes)
+            held = self.token_axes.get(node) if node in self.sides.on_queries else None
+            if where:
+                lines.append(f"{node}: {where}" + (f", {held}" if held else ""))
+        return "\n".join(lines)
+
     @property
     def uses_windows(self) -> bool:
         """Whether queries stand in slots, of windows or of the whole image as one."""

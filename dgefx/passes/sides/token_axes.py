@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Collection, Mapping
@@ -47,6 +48,11 @@ class TokenAxes:
     windows: tuple[int, ...] = ()
     merged: bool = False
     inner: int = 1
+
+    def __str__(self) -> str:
+        """For `passes.stage_log`."""
+        fields = (f for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default)
+        return ", ".join([self.kind, *(f"{f.name} {getattr(self, f.name)}" for f in fields)])
 
     @property
     def holds_tokens(self) -> bool:
