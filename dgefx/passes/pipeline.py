@@ -40,7 +40,7 @@ from dgefx.passes.frontends.model import check_model, working_copy
 from dgefx.passes.locate.grid_source import GridSource, find_sources
 from dgefx.passes.locate.sites import Block, Located, Site, locate
 from dgefx.passes.plan.convert_block import BlocksBefore, convert_block
-from dgefx.passes.plan.cost import count_macs, count_macs_by_module, price
+from dgefx.passes.plan.cost import count_macs, price
 from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.graph_cache import GraphCache
 from dgefx.passes.plan.plan import BlockPlan
@@ -143,17 +143,17 @@ class Analysis:
 @dataclass(frozen=True)
 class Observed:
     """One run of the dense model on its example. calls: of the blocks, by name. idle: modules that
-    hand on what they get. macs: of the model and of its modules, see `count_macs_by_module`."""
+    hand on what they get."""
 
     calls: Mapping[str, Call]
     idle: set[str]
-    macs: Mapping[str, int]
+    macs: int
 
 
 def observe(work: nn.Module, call: Call, names: set[str]) -> Observed:
     """Run the model once and look at its blocks."""
     with recording(work, names) as calls, idle_modules(work) as idle:
-        macs = count_macs_by_module(work, *call)
+        macs = count_macs(work, *call)
     return Observed(calls, idle, macs)
 
 
@@ -197,7 +197,7 @@ def analyse(
         sites = [site for site in sites if site not in reasons]
         observed = observe(work, call, {site.name for site in sites})
         plans, refused = _convert_blocks(model, work, sites, observed, config)
-        costs = price(work, plans, observed.calls, observed.macs, config.bounded())
+        costs = price(work, plans, observed.calls, config.bounded())
         for name, cost in costs.items():
             coarsest = cost.macs(cost.plans[0])
             log_stage(name, "price in MACs", f"dense {cost.dense:.0f}, coarsest {coarsest:.0f}")
@@ -211,7 +211,7 @@ def analyse(
         sources = find_sources(located, plans, asking, work, call)
         if plans:
             install_and_verify(work, plans, sources, call, output, config.bounded())
-    images, macs = batch_size(call), observed.macs[""]
+    images, macs = batch_size(call), observed.macs
     found = (located.blocks, reasons, sources, extractions, plans, costs)
     return Analysis(work, call, images, *found, macs, config)
 

@@ -71,31 +71,16 @@ class _PlainMasks(TorchFunctionMode):
 
 def count_macs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """MACs of one call of `module`, in its current mode."""
-    return count_macs_by_module(module, args, kwargs)[""]
-
-
-def count_macs_by_module(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, int]:
-    """MACs of one call of `module`, under "", and of the modules in it that did some, by name (of
-    one that has several names, by the last)."""
     counter = FlopCounterMode(display=False)
     with _visible_attention(), torch.no_grad(), stand_ins_run(module, True), _PlainMasks(), counter:
         module(*args, **kwargs)
-    root = f"{type(module).__name__}."
-    counts = {
-        name.removeprefix(root): sum(flops.values()) // 2
-        for name, flops in counter.get_flop_counts().items()
-        if name.startswith(root)
-    }
-    return counts | {"": int(counter.get_total_flops()) // 2}
+    return int(counter.get_total_flops()) // 2
 
 
-def block_cost(dense: int, converted: DGEBlock, call: Call, config: DGEConfig) -> BlockCost:
+def block_cost(dense: nn.Module, converted: DGEBlock, call: Call, config: DGEConfig) -> BlockCost:
     """Cost of a block dense, at its finest and at its coarsest plan, and between in windows.
 
     Args:
-        dense: MACs of the dense block in this call.
         converted: its plan is changed while counting and left at the finest.
         call: the block's example call.
     """
@@ -126,21 +111,16 @@ def block_cost(dense: int, converted: DGEBlock, call: Call, config: DGEConfig) -
         extra = within - below - share * (above - below)
         price = (between - coarsest - share * (finest - coarsest)) / extra if extra else 0.0
     known = tuple(slots.items())
-    return BlockCost(dense, finest, coarsest, tuple(choices), price, known)
+    return BlockCost(count_macs(dense, *call), finest, coarsest, tuple(choices), price, known)
 
 
 def price(
     work: nn.Module,
     plans: Mapping[str, BlockPlan],
     calls: Mapping[str, Call],
-    macs: Mapping[str, int],
     config: DGEConfig,
 ) -> dict[str, BlockCost]:
-    """What every planned block costs; blocks that run the same code cost the same.
-
-    Args:
-        macs: of dense modules in these calls, by name, as far as known.
-    """
+    """What every planned block costs; blocks that run the same code cost the same."""
     costs: dict[str, BlockCost] = {}
     for name, plan in plans.items():
         other = plan.same_graph_as
@@ -150,6 +130,5 @@ def price(
         dense = work.get_submodule(name)
         shape = GridShape(plan.layout.grid) if plan.needs_grid_shape else None
         converted = build_block(dense, plan, config, shape)
-        own = macs[name] if name in macs else count_macs(dense, *calls[name])
-        costs[name] = block_cost(own, converted, calls[name], config)
+        costs[name] = block_cost(dense, converted, calls[name], config)
     return costs
