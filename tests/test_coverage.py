@@ -334,9 +334,17 @@ def test_an_interrupted_run_ends_its_processes() -> None:
     command = [sys.executable, "-m", "dgefx.coverage", "timm:test_vit", "--timeout", "100"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
+    def command_of(pid: int) -> bytes:
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:  # it has ended
+            return b""
+
     def children() -> list[int]:
         tasks = Path(f"/proc/{process.pid}/task")
-        return [int(c) for t in tasks.iterdir() for c in (t / "children").read_text().split()]
+        found = [int(c) for t in tasks.iterdir() for c in (t / "children").read_text().split()]
+        # imports start processes too, before the signal is waited for
+        return [pid for pid in found if b"coverage.worker" in command_of(pid)]
 
     if not Path(f"/proc/{process.pid}/task/{process.pid}/children").exists():
         process.kill()
