@@ -7,7 +7,6 @@ stop in the block. After `passes.plan.verify`. Next: `passes.plan.verify_types`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +54,14 @@ def verify_gradients(example: BlockExample, plan: BlockPlan, config: DGEConfig) 
     # a backward pass of the user's may do on all tokens what it does not on few
     seen = not plan.functions and not any(map(has_backward_hooks, example.block.modules()))
     for training in (True, False) if both else (True,):
-        less = list(smaller_grids(example, plan)) if seen else []
+        less = smaller_grids(example, plan) if seen else []
         if seen and not plan.numbers_images:
             less.append((example.of_images(torch.zeros(1, dtype=torch.int64)), plan))
         if not _equal_on_first(less, config, training):
             _Gradients(example, plan, config, training).compare()
 
 
-def smaller_grids(
-    example: BlockExample, plan: BlockPlan
-) -> Iterator[tuple[BlockExample, BlockPlan]]:
+def smaller_grids(example: BlockExample, plan: BlockPlan) -> list[tuple[BlockExample, BlockPlan]]:
     """Smaller grids on which a block runs the same code, if the dense block takes them, the
     smallest first: a backward pass in float64 on all tokens may take longer than all else."""
     layout = plan.layout
@@ -78,10 +75,9 @@ def smaller_grids(
         while min(grids[-1]) > _FEW:
             height, width = grids[-1]
             grids.append((-(-height // 2), -(-width // 2)))
-    for grid in grids[:0:-1]:
-        moved = example.at_grid(grid)
-        fewer = dataclasses.replace(plan.tried(False), layout=moved.layout, reference=None)
-        yield moved, fewer
+    tried = dataclasses.replace(plan.tried(False), reference=None)
+    moved = map(example.at_grid, grids[:0:-1])
+    return [(less, dataclasses.replace(tried, layout=less.layout)) for less in moved]
 
 
 def _equal_on_first(

@@ -80,15 +80,15 @@ def verify_images(example: BlockExample, plan: BlockPlan, config: DGEConfig) -> 
     cases = itertools.product(
         (1, 3) if plan.numbers_images else (3,), (False, True) if both_modes else (False,)
     )
-    smaller = list(smaller_grids(example, plan))
-    found: list[bool | None] = []
+    smaller = smaller_grids(example, plan)
     for count, training in cases:
+        found: list[bool | None] = []
         for moved, fewer in (*smaller, (example, plan)):
-            dense = randomised(example.block, training)  # it may note down what it was given
             try:
                 given = moved.of_images(torch.arange(count) % images)
             except Refused:  # more than the stream would have to be of another grid
                 continue
+            dense = randomised(example.block, training)  # it may note down what it was given
             # numbers that the block is given may be of images, or something else
             calls = [given, *given.with_numbers(images, count)]
             found = [_is_same(call, dense, fewer, config) for call in calls]
