@@ -37,9 +37,9 @@ def _models() -> dict[str, nn.Module]:
         slow("pvt", 0.4, "region"),
         ("pvt", 0.5, "region"),
         slow("pvt", 0.7, "region"),
-        ("hf vit", 0.4, "region"),
+        slow("hf vit", 0.4, "region"),
         ("hf vit", 0.5, "region"),
-        ("hf vit", 0.7, "region"),
+        slow("hf vit", 0.7, "region"),
         # with one granularity per layer only few ratios exist; many layers come close to any
         ("vit", 0.5, "layer"),
         slow("pvt", 0.5, "layer"),

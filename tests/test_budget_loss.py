@@ -75,8 +75,8 @@ def gate_gradients(model: nn.Module) -> Tensor:
     ("name", "routing"),
     [
         ("tiny", "region"),
-        ("tiny", "layer"),
-        ("torchvision", "region"),
+        slow("tiny", "layer"),
+        slow("torchvision", "region"),
         ("torchvision", "layer"),
         ("pvt", "region"),
         slow("pvt", "layer"),

@@ -23,7 +23,7 @@ def test_other_batch_sizes(count: int) -> None:
 
 
 @pytest.mark.parametrize("order", ["BNC", "BHWC", "BCHW"])
-@pytest.mark.parametrize("size", [(48, 48), (20, 36), (36, 20), (24, 24)])
+@pytest.mark.parametrize("size", [slow((48, 48)), (20, 36), (36, 20), slow((24, 24))])
 def test_other_image_sizes(order: str, size: tuple[int, int]) -> None:
     dense = randomise(TinyViT(order=order)).eval()
     x = images(2, size)

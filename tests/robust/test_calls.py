@@ -386,7 +386,7 @@ def jit_traced(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("make", "gamma"),
     [
-        (timm_vit, 1.0),
+        slow(timm_vit, 1.0),
         (timm_vit, 0.75),
         slow(timm_swin, 1.0),
         (timm_swin, 0.75),
