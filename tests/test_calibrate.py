@@ -70,7 +70,7 @@ def state(model: nn.Module) -> list[Tensor]:
     "make",
     [
         lambda: list(X),
-        lambda: [X[:5], X[5:]],
+        slow(lambda: [X[:5], X[5:]]),
         lambda: DataLoader(TensorDataset(X, torch.arange(12)), batch_size=5),
         lambda: ({"image": x, "label": 3} for x in X),
         lambda: iter([(x, 0) for x in X]),
@@ -396,7 +396,7 @@ class Outputs(nn.Module):
         return {"features": tokens, "steps": self.steps.long()}
 
 
-@pytest.mark.parametrize("kind", ["tokens", "pooled", "map", "tuple", "dict"])
+@pytest.mark.parametrize("kind", ["tokens", slow("pooled"), "map", slow("tuple"), "dict"])
 def test_models_without_logits(kind: str) -> None:
     model = dgefx.convert(Outputs(kind).eval(), 0.5, example_inputs=X[:2], calibration=X)
     calibration = conversion_record(model).calibration

@@ -117,7 +117,9 @@ def _hugging_face() -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-@pytest.mark.parametrize("name", _hugging_face())
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in ("pvt", "deit") else name for name in _hugging_face()]
+)
 def test_hugging_face(name: str) -> None:
     torch.manual_seed(0)
     model = _hugging_face()[name]()

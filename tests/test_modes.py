@@ -98,7 +98,9 @@ def test_drop_path_is_alive_in_train_mode() -> None:
     assert torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pvt_v2_b0", "beit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "pvt_v2_b0", slow("beit_base_patch16_224")]
+)
 @pytest.mark.parametrize("router", ["detail", "linear"])
 def test_gradients_reach_every_parameter(name: str, router: str) -> None:
     options = {"depth": 2, "img_size": 64} if name.startswith(("vit", "beit")) else {}
