@@ -36,12 +36,12 @@ def test_inductor_equals_eager(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "training"),
     [
-        pytest.param("tiny", False, marks=pytest.mark.slow),
+        slow("tiny", False),
         ("tiny", True),
-        pytest.param("pvt", True, marks=pytest.mark.slow),
+        slow("pvt", True),
         slow("vit", False),
-        pytest.param("pvt", False, marks=pytest.mark.slow),
-        pytest.param("vit", True, marks=pytest.mark.slow),
+        slow("pvt", False),
+        slow("vit", True),
     ],
 )
 def test_one_graph_and_one_recompile(name: str, training: bool) -> None:

@@ -23,7 +23,7 @@ from dgefx.passes.plan.example import BlockExample
 from dgefx.passes.plan.plan import BlockPlan, plan_block
 from dgefx.passes.plan.signature import _signed
 from dgefx.passes.plan.sizes import held_sizes
-from tests.helpers import Attention, error, images, randomise
+from tests.helpers import Attention, error, images, randomise, slow
 
 DIM, SIDE = 16, 8
 
@@ -80,7 +80,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "swin")) for n in MODELS]
+    "name", [slow(name) if name in ("swin", "drop path") else name for name in MODELS]
 )
 def test_shared_plans_are_those_of_each_block_alone(name: str) -> None:
     make, side, shared = MODELS[name]

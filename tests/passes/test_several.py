@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgefx
-from tests.helpers import Attention, error, images, macs, randomise
+from tests.helpers import Attention, error, images, macs, randomise, slow
 
 
 class Model(nn.Module):
@@ -224,7 +224,7 @@ def test_main_path_operations_see_every_token() -> None:
     assert error(found, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["layers", "convolution", "postnorm"])
+@pytest.mark.parametrize("kind", ["layers", "convolution", slow("postnorm")])
 def test_gradients(kind: str) -> None:
     dense = randomise(Model(MAKERS[kind], depth=1))
     x = images(2, 32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dgefx
-from tests.helpers import error, images, randomise
+from tests.helpers import error, images, randomise, slow
 from tests.robust.user_blocks import UserAttention, UserMLP, UserModel
 
 X = images(2, 64)
@@ -49,21 +49,21 @@ def refusal(model: nn.Module) -> str:
     return reason
 
 
-READS: list[Callable[[Any], Any]] = [
+READS: list[Any] = [
     lambda m: m._buffers["table"].exp(),
-    lambda m: m._buffers.get("table").exp(),
+    slow(lambda m: m._buffers.get("table").exp()),
     lambda m: vars(m)["_buffers"]["table"].exp(),
-    lambda m: sum(b.exp() for b in m._buffers.values()),
+    slow(lambda m: sum(b.exp() for b in m._buffers.values())),
     lambda m: sum(b.exp() for _, b in m._buffers.items()),
-    lambda m: dict(m._buffers)["table"].exp(),
-    lambda m: {**m._buffers}["table"].exp(),
+    slow(lambda m: dict(m._buffers)["table"].exp()),
+    slow(lambda m: {**m._buffers}["table"].exp()),
     lambda m: m._buffers.copy()["table"].exp(),
     lambda m: (m._buffers | {})["table"].exp(),
     lambda m: next(m.buffers()).exp(),
     lambda m: dict(m.named_buffers(recurse=False))["table"].exp(),
     lambda m: m.get_buffer("table").exp(),
     lambda m: m._parameters["temp"].exp(),
-    lambda m: next(m.parameters(recurse=False)).exp(),
+    slow(lambda m: next(m.parameters(recurse=False)).exp()),
     lambda m: dict(m.named_parameters())["temp"].exp(),
     lambda m: m.state_dict()["temp"].exp(),
     lambda m: nn.utils.parameters_to_vector(m.parameters()).std(),

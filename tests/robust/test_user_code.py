@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dgefx
 from dgefx.nn.block import DGEBlock
-from tests.helpers import error, images
+from tests.helpers import error, images, slow
 from tests.robust.user_blocks import (
     DIM,
     UserAttention,
@@ -85,7 +85,7 @@ def test_a_branch_on_the_type_is_noticed_when_the_type_changes() -> None:
         lambda h: torch.finfo(h.dtype).bits != 32,
     ],
 )
-@pytest.mark.parametrize("part", ["", "attn"])
+@pytest.mark.parametrize("part", ["", slow("attn")])
 def test_whatever_asks_for_the_type_binds_to_it(asks: Any, part: str) -> None:
     converted = finest(UserModel(with_change(part, lambda h: h.relu() if asks(h) else h)).eval())
     with pytest.raises(ValueError, match=r"blocks\.0 decides by the floating type"):
